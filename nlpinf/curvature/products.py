@@ -1,0 +1,136 @@
+"""Hessian, generalized Gauss-Newton and Fisher products of a stage's mean loss, over a fixed sample of rows.
+
+With outputs o = o(θ), their Jacobian J, the item weights w of the stage's reduction and n rows in the sample:
+
+    hessian   1/n Σ w [ Jᵀ (∂²ℓ/∂o²) J v + (∂_v J)ᵀ ∂ℓ/∂o ]     (Pearlmutter, 1994)
+    ggn       1/n Σ w   Jᵀ (∂²ℓ/∂o²) J v                         (Schraudolph, 2002; Martens, 2020)
+    fisher    1/n Σ w   Jᵀ ĝ ĝᵀ J v,  ĝ = ∂ℓ/∂o at a target drawn from the model, fixed by (seed, row)
+
+J v is a forward-mode pass, Jᵀ u a reverse-mode pass, and what lies between them is closed form at the outputs, so that
+the peak is the model, two copies of the parameters and one batch of activations and outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from nlpinf import parameters as P
+from nlpinf.curvature.operators import Operator
+from nlpinf.errors import BadInput
+from nlpinf.parameters import Parameters
+from nlpinf.stages import Stage, evaluation
+from nlpinf.tasks import Batch
+
+CurvatureKind = Literal["hessian", "ggn", "fisher"]
+
+
+def _dual_outputs(stage: Stage, batch: Batch, theta: Parameters, tangent: Parameters) -> Tensor:
+    dual = {n: forward_ad.make_dual(t, tangent[n]) if n in tangent else t for n, t in theta.items()}
+    return stage.outputs(batch, dual)
+
+
+def output_tangents(stage: Stage, batch: Batch, tangent: Parameters) -> tuple[Tensor, Tensor]:
+    """Return the outputs o and J v, each (I, classes), by one forward-mode pass; zeros where v does not reach them."""
+    theta = P.select(stage.parameters, tangent)
+    with torch.no_grad(), forward_ad.dual_level():
+        outputs, moved = forward_ad.unpack_dual(_dual_outputs(stage, batch, theta, tangent))
+    return outputs, torch.zeros_like(outputs) if moved is None else moved
+
+
+def hessian_product(stage: Stage, batch: Batch, tangent: Parameters, names: Sequence[str]) -> list[Tensor]:
+    """Return Σ over the batch of ∂_v ∇_names g(z): forward mode over reverse mode, exact."""
+    theta = {n: stage.parameters[n].clone().requires_grad_(True) for n in {**dict.fromkeys(names), **tangent}}
+    weights, loss = stage.item_weights(batch)[:, None], stage.task.loss
+    with forward_ad.dual_level():
+        dual = _dual_outputs(stage, batch, theta, tangent)
+        outputs, moved = forward_ad.unpack_dual(dual)
+        outputs = outputs.detach()
+        moved = torch.zeros_like(outputs) if moved is None else moved.detach()
+        cotangent = forward_ad.make_dual(
+            weights * loss.gradient(outputs, batch.targets),
+            weights * loss.hessian_product(outputs, batch.targets, moved),
+        )
+        gradients = torch.autograd.grad(dual, [theta[n] for n in names], cotangent, allow_unused=True)
+        tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradients]
+    return [torch.zeros_like(theta[n]) if t is None else t.detach() for n, t in zip(names, tangents)]
+
+
+def gauss_newton_product(
+    stage: Stage, batch: Batch, tangent: Parameters, names: Sequence[str], sampled: int | None
+) -> list[Tensor]:
+    """Return Σ over the batch of w Jᵀ B J v with B = ∂²ℓ/∂o², or ĝ ĝᵀ with targets drawn by the seed `sampled`."""
+    _, moved = output_tangents(stage, batch, tangent)
+    theta = {n: stage.parameters[n].clone().requires_grad_(True) for n in names}
+    outputs = stage.outputs(batch, theta)
+    with torch.no_grad():
+        if sampled is None:
+            inner = stage.task.loss.hessian_product(outputs.detach(), batch.targets, moved)
+        else:
+            width = outputs.shape[-1] if batch.targets.is_floating_point() else 1
+            drawn = stage.task.loss.sampled_gradient(outputs.detach(), batch.uniform(sampled, width))
+            inner = drawn * (drawn * moved).sum(-1, keepdim=True)
+        inner = inner * stage.item_weights(batch)[:, None]
+    gradients = torch.autograd.grad(outputs, list(theta.values()), inner, allow_unused=True)
+    return [torch.zeros_like(theta[n]) if g is None else g for n, g in zip(names, gradients)]
+
+
+class Curvature(Operator):
+    """The curvature of a stage's mean loss over fixed rows, without weight decay or damping (`Shifted` adds them).
+
+    `indices`  positions of the rows in the stage's data (the curvature sample); batches are made once and kept
+    `kind`     "hessian", "ggn" or "fisher"; the module's docstring gives the formulas
+    """
+
+    def __init__(self, stage: Stage, kind: CurvatureKind, indices: Sequence[int] | None = None, seed: int = 0) -> None:
+        super().__init__(stage.theta)
+        if kind not in ("hessian", "ggn", "fisher"):
+            raise BadInput(f"curvature {kind!r} is none of 'hessian', 'ggn', 'fisher'")
+        self.stage, self.kind, self.seed = stage, kind, seed
+        self.indices = list(range(stage.size) if indices is None else indices)
+        self.batches = list(stage.batches(self.indices))
+
+    def product(self, vector: Parameters) -> Parameters:
+        names = list(self.template)
+        total = P.zeros_like(self.template)
+        with evaluation(self.stage.model):
+            for batch in self.batches:
+                if self.kind == "hessian":
+                    parts = hessian_product(self.stage, batch, vector, names)
+                else:
+                    sampled = self.seed if self.kind == "fisher" else None
+                    parts = gauss_newton_product(self.stage, batch, vector, names, sampled)
+                for name, part in zip(names, parts):
+                    total[name] += part
+        return P.scaled(1 / len(self.indices), total)
+
+
+def cross_product(stage: Stage, vector: Parameters, names: Iterable[str], indices: Sequence[int]) -> Parameters:
+    """Return F_WΘ y: the rows `names` (W) of the full Hessian of the mean loss applied to (0, y), y = `vector`.
+
+    Always the exact second derivative, also where the solves use the GGN.
+    """
+    names = list(names)
+    total = P.zeros_like(P.select(stage.parameters, names))
+    with evaluation(stage.model):
+        for batch in stage.batches(indices):
+            for name, part in zip(names, hessian_product(stage, batch, vector, names)):
+                total[name] += part
+    return P.scaled(1 / len(indices), total)
+
+
+def curvature_samples(size: int, sample: int | None, seed: int) -> tuple[list[int], list[int]]:
+    """Return two disjoint lists of positions: the curvature sample and a second one of at most the same length.
+
+    `sample` None takes every row, and leaves none for the second. The draw is a function of (size, seed).
+    """
+    if sample is None or sample == size:
+        return list(range(size)), []
+    if not 0 < sample <= size:
+        raise BadInput(f"the curvature sample is {sample} rows, but the corpus has {size}; give a number from 1 to {size}")
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[:sample]), sorted(order[sample : 2 * sample])

@@ -1,0 +1,94 @@
+"""Trees of tensors used as vectors: `dict[str, Tensor]` by the model's own parameter names, tied weights once.
+
+Sums run in float64 whatever the tensors' dtype, so that a dot product over 10^8 float32 entries loses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from nlpinf.errors import BadInput
+
+Parameters = dict[str, Tensor]
+
+
+def of_model(model: nn.Module) -> Parameters:
+    """Return every parameter of `model` by its first name, detached, sharing storage; tied weights appear once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def tied_groups(model: nn.Module) -> list[list[str]]:
+    """Return the groups of names that are one tensor, such as a decoder tied to the word embeddings."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def dot(a: Parameters, b: Parameters) -> float:
+    """Return ⟨a, b⟩ over the names of `a`, summed in float64."""
+    _same_names(a, b)
+    return float(sum((a[name].double() * b[name].double()).sum() for name in a))
+
+
+def norm(a: Parameters) -> float:
+    """Return ‖a‖ = √⟨a, a⟩."""
+    return dot(a, a) ** 0.5
+
+
+def axpy(scale: float, a: Parameters, b: Parameters) -> Parameters:
+    """Return scale·a + b."""
+    _same_names(a, b)
+    return {name: torch.add(b[name], a[name], alpha=scale) for name in a}
+
+
+def scaled(scale: float, a: Parameters) -> Parameters:
+    """Return scale·a."""
+    return {name: tensor * scale for name, tensor in a.items()}
+
+
+def zeros_like(a: Parameters) -> Parameters:
+    """Return zeros of the same names, shapes and dtypes."""
+    return {name: torch.zeros_like(tensor) for name, tensor in a.items()}
+
+
+def select(a: Parameters, names: Iterable[str]) -> Parameters:
+    """Return the tensors of `names`, in that order."""
+    return {name: a[name] for name in names}
+
+
+def embedded(a: Parameters, like: Parameters) -> Parameters:
+    """Return `a` with zeros in the slots of `like` that it lacks: (w, 0) of the formulas."""
+    return {name: a[name] if name in a else torch.zeros_like(tensor) for name, tensor in like.items()}
+
+
+def size(a: Parameters) -> int:
+    """Return the number of scalar entries."""
+    return sum(tensor.numel() for tensor in a.values())
+
+
+def finite(a: Parameters) -> bool:
+    """Say whether every entry is a finite number."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in a.values())
+
+
+def random_like(a: Parameters, seed: int, draw: Callable[..., Tensor] = torch.randn) -> Parameters:
+    """Return independent random entries (`torch.randn` or a function of its signature), the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: draw(tensor.shape, generator=generator, dtype=torch.float64).to(tensor) for name, tensor in a.items()
+    }
+
+
+def rademacher(shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Return entries −1 or 1 with equal probability; a `draw` for `random_like`."""
+    return torch.randint(0, 2, shape, generator=generator).to(dtype) * 2 - 1
+
+
+def _same_names(a: Parameters, b: Parameters) -> None:
+    if a.keys() != b.keys():
+        odd = sorted(a.keys() ^ b.keys())[0]
+        raise BadInput(f"parameter trees have different names, first {odd!r}; use select() or embedded() before")

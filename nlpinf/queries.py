@@ -1,0 +1,105 @@
+"""Query: a scalar q of the last stage's model, lower being better, and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nlpinf import parameters as P
+from nlpinf.errors import BadInput
+from nlpinf.parameters import Parameters
+from nlpinf.stages import Stage, evaluation
+from nlpinf.tasks import Batch, CrossEntropy
+
+OutputsToScalar = Callable[[Tensor, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Query:
+    """q(W, Θ) over `examples` of the last stage's task.
+
+    A score's sign follows q: positive = the pretraining example raises q. So that positive means harmful for every
+    query, each kind is one of which less is better: a loss, or a margin with the other sign.
+    """
+
+    kind: Literal["loss", "mean_loss", "margin", "function"]
+    examples: tuple[Any, ...]
+    name: str = ""
+    function: OutputsToScalar | None = None
+
+    @classmethod
+    def loss(cls, example: Any, name: str = "") -> Query:
+        """Return q = the loss of one example (the mean of its counted losses)."""
+        return cls("loss", (example,), name or f"loss of {_shown(example)}")
+
+    @classmethod
+    def mean_loss(cls, examples: Sequence[Any], name: str = "") -> Query:
+        """Return q = the mean over `examples` of each one's loss."""
+        if not len(examples):
+            raise BadInput("a mean loss needs at least one example")
+        return cls("mean_loss", tuple(examples), name or f"mean loss of {len(examples)} examples")
+
+    @classmethod
+    def margin(cls, example: Any, name: str = "") -> Query:
+        """Return q = max_{c ≠ y} o_c − o_y, the logit margin by which a wrong class leads: negative where y wins."""
+        return cls("margin", (example,), name or f"margin of {_shown(example)}")
+
+    @classmethod
+    def of(cls, function: OutputsToScalar, examples: Sequence[Any], name: str = "") -> Query:
+        """Return q = function(outputs, batch), outputs (items, classes) of all `examples` in one batch, in their order."""
+        return cls("function", tuple(examples), name or getattr(function, "__name__", "function"), function)
+
+    def value(self, stage: Stage, changed: Parameters | None = None) -> float:
+        """Return q at the stage's parameters, with those in `changed` in their place."""
+        with evaluation(stage.model), torch.no_grad():
+            return float(sum(self._part(stage, batch, changed) for batch in self._batches(stage)))
+
+    def gradient(self, stage: Stage) -> Parameters:
+        """Return (q_W, q_Θ): ∇q by name for every parameter of the stage's model, trained or not."""
+        names = list(stage.parameters)
+        total = P.zeros_like(stage.parameters)
+        with evaluation(stage.model):
+            for batch in self._batches(stage):
+                theta = {n: t.clone().requires_grad_(True) for n, t in stage.parameters.items()}
+                gradients = torch.autograd.grad(
+                    self._part(stage, batch, theta), list(theta.values()), materialize_grads=True
+                )
+                total = {n: total[n] + g for n, g in zip(names, gradients)}
+        if not P.finite(total):
+            raise BadInput(f"the gradient of query {self.name!r} is not finite; check the example and the model's weights")
+        return total
+
+    def _batches(self, stage: Stage) -> list[Batch]:
+        task = stage.task
+        encoded = task.encode(list(self.examples))
+        size = len(encoded) if self.kind == "function" else stage.batch_size
+        # Row numbers of queries start where the corpus ends, so that their masks are their own.
+        return [
+            stage.on_device(task.collate(encoded[i : i + size], [stage.size + j for j in range(i, min(i + size, len(encoded)))]))
+            for i in range(0, len(encoded), size)
+        ]
+
+    def _part(self, stage: Stage, batch: Batch, changed: Parameters | None) -> Tensor:
+        outputs = stage.outputs(batch, changed)
+        if self.kind == "function":
+            assert self.function is not None
+            return self.function(outputs, batch)
+        if self.kind == "margin":
+            if not isinstance(stage.task.loss, CrossEntropy) or len(outputs) != 1:
+                raise BadInput(f"a margin needs a classifier with one label an example; {stage.task.name} is none")
+            own = outputs.gather(-1, batch.targets[:, None])
+            others = outputs.scatter(-1, batch.targets[:, None], float("-inf"))
+            return (others.amax(-1) - own[:, 0]).sum()
+        weights = batch.counts.clamp(min=1).reciprocal()[batch.example]
+        return (stage.task.losses(outputs, batch) * weights.to(outputs)).sum() / len(self.examples)
+
+
+def _shown(example: Any) -> str:
+    text = example.get("text") if isinstance(example, dict) else example
+    if not isinstance(text, str):
+        return "an example"
+    return repr(text if len(text) <= 60 else text[:57] + "...")
