@@ -1,0 +1,7 @@
+"""Scores: one inner product ⟨v, g'(z)⟩ a row and query, in one pass over a corpus, and where they are kept."""
+
+from nlpinf.scoring.corpus import Scorer, score
+from nlpinf.scoring.forward import BatchScores, forward_scores
+from nlpinf.scoring.store import ScoredRow, Scores
+
+__all__ = ["BatchScores", "ScoredRow", "Scorer", "Scores", "forward_scores", "score"]

@@ -22,6 +22,16 @@ class BatchScores:
     item_scores: Tensor | None
 
 
+class ForwardScorer:
+    """Scores batches with one forward-mode pass a query; no backward pass. Exact for every module and parameter."""
+
+    def __init__(self, stage: Stage, vectors: list[Parameters]) -> None:
+        self.stage, self.vectors = stage, vectors
+
+    def __call__(self, batch: Batch) -> BatchScores:
+        return forward_scores(self.stage, self.vectors, batch)
+
+
 def forward_scores(stage: Stage, vectors: list[Parameters], batch: Batch) -> BatchScores:
     """Return the scores of `batch` for each query vector, one forward-mode pass a query; no backward pass."""
     weights = stage.item_weights(batch).double()

@@ -1,0 +1,311 @@
+"""Scores on disk and in memory: a folder of Parquet parts with a manifest, written whole part by part, read in a stream.
+
+Layout and columns: docs/reference/files.md. A part holds a fixed range of the corpus's positions; it is written under
+another name, synced and renamed, so that a file named `part-NNNNN.parquet` is whole whenever the process may have died.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nlpinf.errors import BadInput
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """One row of the result for one query.
+
+    `score`             dq/dε for upweighting the example; positive = harmful
+    `predicted_change`  −score/m: by about so much removing it changes the query's value, in the query's own unit
+    `loss`              g(z); `tokens` the number of its counted items
+    `token_scores`      the parts that add up to `score`, if they were kept, each with its `token_ids` (the class that was
+                        predicted) and `token_positions` (the place in the sequence that predicted it)
+    """
+
+    row: int
+    score: float
+    predicted_change: float
+    loss: float
+    tokens: int
+    text: str | None = None
+    token_scores: list[float] | None = None
+    token_ids: list[int] | None = None
+    token_positions: list[int] | None = None
+
+
+class Store:
+    """A scores folder while it is written: `Store.start` makes or resumes it, `missing` says what is left to do.
+
+    Any number of processes may write parts of one folder; a part that two of them do comes out the same twice.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+
+    @classmethod
+    def start(cls, folder: str | Path, manifest: dict[str, Any]) -> Store:
+        """Make the folder, or resume one whose manifest has the same `identity`; else `BadInput` names what differs."""
+        folder = Path(folder)
+        path = folder / MANIFEST
+        with _disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            old = read_manifest(folder)
+            if difference := _difference(old.get("identity"), manifest["identity"]):
+                raise BadInput(f"{folder}: {difference}; give another folder, or the arguments that it was started with")
+            return cls(folder, old)
+        if strange := [p.name for p in folder.iterdir() if not p.name.endswith(_PARTIAL)]:
+            raise BadInput(f"{folder}: is no scores folder and has files in it ({min(strange)}); give a new folder")
+        content = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False, default=str).encode() + b"\n"
+        _publish(path, lambda temporary: temporary.write_bytes(content))
+        return cls(folder, manifest)
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the parts that are not there yet."""
+        return missing_parts(self.folder, self.manifest)
+
+    def write(self, part: int, table: pa.Table) -> None:
+        """Write a part: all of it, or nothing. Equal tables give equal bytes."""
+        _publish(part_path(self.folder, part), lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+
+    def tidy(self) -> None:
+        """Remove what killed processes left, once no part is missing."""
+        if not self.missing():
+            for stale in self.folder.glob(f".*{_PARTIAL}"):
+                stale.unlink(missing_ok=True)
+
+
+class Scores:
+    """The scores of a corpus, in a folder or in memory; reads part by part, so that memory does not grow with the corpus.
+
+    `manifest` tells the queries (names, values, verdicts), the corpus, `m`, the reduction and the versions.
+    """
+
+    def __init__(self, manifest: dict[str, Any], parts: Sequence[Callable[[list[str] | None], pa.Table]]) -> None:
+        self.manifest = manifest
+        self._parts = parts
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Scores:
+        """Open a finished scores folder. Raises `BadInput` if it is none, or if the run that made it was interrupted."""
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if missing := missing_parts(folder, manifest):
+            shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            raise BadInput(
+                f"{folder}: the run that makes it was interrupted: {len(missing)} of {manifest['identity']['parts']} parts are "
+                f"missing (part {shown}); run `nlpinf score` again with the same arguments to finish it"
+            )
+
+        def reader(path: Path) -> Callable[[list[str] | None], pa.Table]:
+            return lambda columns: _read(path, columns)
+
+        return cls(manifest, [reader(part_path(folder, i)) for i in range(manifest["identity"]["parts"])])
+
+    @property
+    def queries(self) -> list[str]:
+        """The queries' names."""
+        return [query["name"] for query in self.manifest["queries"]]
+
+    @property
+    def m(self) -> int:
+        """m of −score/m: the number of examples that the pretraining stage was trained on."""
+        return self.manifest["m"]
+
+    def __len__(self) -> int:
+        return self.manifest["identity"]["rows"]
+
+    def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """Yield the parts in order as Arrow tables (default: all columns)."""
+        for part in self._parts:
+            yield part(columns)
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """The names of the stored columns."""
+        return self._parts[0](None).column_names if self._parts else []
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """The row numbers in the corpus's order, (N,) int64."""
+        return np.concatenate([table["row"].to_numpy() for table in self.tables(["row"])])
+
+    @cached_property
+    def losses(self) -> np.ndarray:
+        """g(z) of every row, (N,) float32."""
+        return np.concatenate([table["loss"].to_numpy() for table in self.tables(["loss"])])
+
+    def column(self, query: int | str = 0) -> np.ndarray:
+        """Return the scores of a query, by number or name, in the order of `rows`: (N,) float32."""
+        index = self._query(query)
+        return np.concatenate([self._scores(table, index) for table in self.tables(["score"])])
+
+    def top(self, k: int = 20, query: int | str = 0, helpful: bool = False) -> list[ScoredRow]:
+        """Return the `k` rows with the largest scores (most harmful first), or with the smallest (most helpful first).
+
+        Rows of equal score come in the order of their numbers. One pass; holds one part and k rows.
+        """
+        if k < 1:
+            raise BadInput(f"top {k} rows were asked for; give a number of at least 1")
+        index, sign = self._query(query), (1 if helpful else -1)
+        best = np.empty((0, 4))  # key, row, part, position: float64 holds integers to 2^53
+        for number, table in enumerate(self.tables(["row", "score"])):
+            key = sign * self._scores(table, index).astype(np.float64)
+            near = np.flatnonzero(key <= np.partition(key, k - 1)[k - 1]) if len(key) > k else np.arange(len(key))
+            found = np.stack([key[near], table["row"].to_numpy()[near], np.full(len(near), number), near], 1)
+            best = np.concatenate([best, found])
+            best = best[np.lexsort((best[:, 1], best[:, 0]))[:k]]
+        result: dict[tuple[int, int], ScoredRow] = {}
+        for number in np.unique(best[:, 2]).astype(int):
+            positions = best[best[:, 2] == number, 3].astype(int)
+            table = self._parts[number](None).take(pa.array(positions))
+            for position, values in zip(positions.tolist(), table.to_pylist()):
+                result[int(number), position] = self._scored(values, index)
+        return [result[int(number), int(position)] for number, position in best[:, 2:]]
+
+    def _scored(self, values: dict[str, Any], index: int) -> ScoredRow:
+        one = len(self.queries) == 1
+        score = values["score"] if one else values["score"][index]
+        parts = values.get("token_scores")
+        if parts is not None and not one:
+            parts = [part[index] for part in parts]
+        return ScoredRow(
+            values["row"],
+            score,
+            -score / self.m,
+            values["loss"],
+            values["tokens"],
+            values.get("text"),
+            parts,
+            values.get("token_ids"),
+            values.get("token_positions"),
+        )
+
+    def _scores(self, table: pa.Table, index: int) -> np.ndarray:
+        column = table["score"].combine_chunks()
+        if isinstance(column, pa.ChunkedArray):
+            column = pa.concat_arrays(column.chunks)
+        if len(self.queries) == 1:
+            return column.to_numpy()
+        return column.flatten().to_numpy().reshape(len(table), len(self.queries))[:, index]
+
+    def _query(self, query: int | str) -> int:
+        if isinstance(query, str):
+            if query not in self.queries:
+                raise BadInput(f"there is no query {query!r} in these scores; there are {', '.join(map(repr, self.queries))}")
+            return self.queries.index(query)
+        if not 0 <= query < len(self.queries):
+            raise BadInput(f"there is no query {query}; these scores have {len(self.queries)}, numbered from 0")
+        return query
+
+
+def part_path(folder: Path, part: int) -> Path:
+    """Return the path of a part."""
+    return folder / f"part-{part:05d}.parquet"
+
+
+def missing_parts(folder: Path, manifest: dict[str, Any]) -> list[int]:
+    """Return the numbers of the parts that the manifest promises and the folder lacks; one listing of the folder."""
+    there = {entry.name for entry in os.scandir(folder)}
+    return [i for i in range(manifest["identity"]["parts"]) if part_path(folder, i).name not in there]
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Read and check a scores folder's manifest."""
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(f"{folder}: is no scores folder (there is no {MANIFEST}); give one that `nlpinf score` made") from None
+    except ValueError:
+        raise BadInput(f"{path}: is not valid JSON; score the corpus again into a new folder") from None
+    if not isinstance(manifest, dict) or manifest.get("kind") != "scores":
+        raise BadInput(f"{path}: is no manifest of scores; give a folder that `nlpinf score` made")
+    if manifest.get("format") != FORMAT:
+        raise BadInput(f"{path}: has format {manifest.get('format')}, this version reads {FORMAT}; use the version that wrote it")
+    return manifest
+
+
+def _read(path: Path, columns: list[str] | None) -> pa.Table:
+    try:
+        return pq.ParquetFile(path).read(columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{path}: cannot be read ({reason}); delete this part and run `nlpinf score` again") from None
+
+
+def _difference(old: Any, new: dict[str, Any]) -> str | None:
+    """Say in one line what the folder was started with that is not so now, the most telling first."""
+    if not isinstance(old, dict):
+        return "its manifest does not say what was scored"
+    names = {
+        "queries": "holds scores of another query (another query vector)",
+        "weights_sha256": "was made with other weights of the pretrained model",
+        "corpus_sha256": "was made from another corpus (the texts differ)",
+        "rows": "was made from another corpus",
+        "rows_sha256": "was made from a corpus with other row numbers",
+    }
+    for key in [*names, *(k for k in {**old, **new} if k not in names)]:
+        if old.get(key) != new.get(key):
+            told = names.get(key, f"was made with another setting {key!r}")
+            if isinstance(new.get(key), int | str | bool) and not key.endswith("sha256"):
+                told += f": {old.get(key)!r} there, {new.get(key)!r} now"
+            return told
+    return None
+
+
+class _disk:
+    """Turns the operating system's refusals into one line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            advice = "free some space and run again; finished parts are kept" if full else "check the folder and its rights"
+            raise BadInput(f"{self.path}: cannot be written ({error.strerror or error}); {advice}") from error
+
+
+def _publish(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file of another name, sync it, and give it its name; leave nothing if that fails."""
+    # A name of its own for each attempt, so that processes that do the same part do not write into one file.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_PARTIAL}")
+    with _disk(path):
+        try:
+            write(temporary)
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        except FileNotFoundError:
+            if not path.exists():  # else another process finished the folder, this part too, and tidied up
+                raise
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
