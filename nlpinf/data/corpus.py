@@ -54,7 +54,9 @@ class Corpus(Sequence[str]):
         if not len(self._texts):
             raise BadInput(f"{where}: there is no text in it; give at least one sentence")
         if self.rows.shape != (len(self._texts),):
-            raise BadInput(f"{where}: {len(self._texts)} texts with {self.rows.numel()} row numbers; give one for each")
+            raise BadInput(
+                f"{where}: {len(self._texts)} texts with {self.rows.numel()} row numbers; give one for each"
+            )
         if rows is not None and len(torch.unique(self.rows)) != len(self.rows):
             raise BadInput(f"{where}: a row number occurs twice; row numbers must be distinct")
         empty = _empty(self._texts)
@@ -83,11 +85,15 @@ class Corpus(Sequence[str]):
         if not blank.any():
             return cls(texts, path=str(path)) if len(texts) else cls._nothing(path)
         if empty == "error":
-            raise BadInput(f"{path}: line {int(blank.argmax()) + 1} is empty; remove it, or skip empty lines with `--empty skip`")
+            raise BadInput(
+                f"{path}: line {int(blank.argmax()) + 1} is empty; remove it, or skip empty lines with `--empty skip`"
+            )
         kept = np.flatnonzero(~blank)
         if not len(kept):
             return cls._nothing(path)
-        return cls(texts.take(pa.array(kept)), torch.from_numpy(kept), path=str(path), skipped={"empty": int(blank.sum())})
+        return cls(
+            texts.take(pa.array(kept)), torch.from_numpy(kept), path=str(path), skipped={"empty": int(blank.sum())}
+        )
 
     @classmethod
     def _nothing(cls, path: str | Path) -> Corpus:
@@ -158,7 +164,9 @@ def read_labelled(path: str | Path, labels: int | None = None, *, training: bool
     if not examples:
         raise BadInput(f"{path}: the file has no example; give at least one object with `text` and `label`")
     if training and len({e["label"] for e in examples}) == 1:
-        raise BadInput(f"{path}: all {len(examples)} examples have the label {examples[0]['label']}; training needs two classes")
+        raise BadInput(
+            f"{path}: all {len(examples)} examples have the label {examples[0]['label']}; training needs two classes"
+        )
     return examples
 
 
@@ -265,7 +273,9 @@ def _checked(block: bytes, path: str | Path, number: int) -> bytes:
         block.decode("utf-8")
     except UnicodeDecodeError as error:
         line = number + block.count(b"\n", 0, error.start)
-        raise BadInput(f"{path}: line {line} is not UTF-8 (byte {block[error.start]:#04x}); convert the file, e.g. with iconv") from None
+        raise BadInput(
+            f"{path}: line {line} is not UTF-8 (byte {block[error.start]:#04x}); convert the file, e.g. with iconv"
+        ) from None
     return block
 
 
@@ -290,7 +300,9 @@ def _objects(path: str | Path, blank: dict[str, Any] | None = None) -> Iterator[
                 hint = "is empty; remove it" if not line.strip() else "is not valid JSON; each line is one object"
                 raise BadInput(f"{path}: line {number} {hint}") from None
             if not isinstance(value, dict):
-                raise BadInput(f"{path}: line {number} is a JSON {type(value).__name__}; each line is one object with `text`")
+                raise BadInput(
+                    f"{path}: line {number} is a JSON {type(value).__name__}; each line is one object with `text`"
+                )
             yield number, value
 
 
@@ -303,7 +315,9 @@ def _text_of(value: dict[str, Any], path: str | Path, number: int) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise BadInput(f"{path}: line {number}: the text has half of a surrogate pair, which is no character; repair it") from None
+        raise BadInput(
+            f"{path}: line {number}: the text has half of a surrogate pair, which is no character; repair it"
+        ) from None
     return text
 
 

@@ -160,7 +160,9 @@ class Scorer:
     def __init__(self, vectors: QueryVectors, *, mode: Mode = "auto") -> None:
         self._scorer = RowScorer(vectors, mode)
 
-    def __call__(self, columns: Mapping[str, Sequence[Any]], indices: Sequence[int] | None = None) -> dict[str, list[Any]]:
+    def __call__(
+        self, columns: Mapping[str, Sequence[Any]], indices: Sequence[int] | None = None
+    ) -> dict[str, list[Any]]:
         if "text" not in columns:
             raise BadInput("the columns have no 'text'; rename the column that holds the sentences")
         examples: list[Any] = list(columns["text"])
@@ -241,7 +243,9 @@ def _table(result: RowScores, rows: Tensor, texts: pa.Array | None) -> pa.Table:
     if result.items is not None and result.targets is not None and result.positions is not None:
         offsets = pa.array(np.concatenate([[0], np.cumsum(result.tokens)]).astype(np.int32))
         owner = np.repeat(numbers, result.tokens)
-        columns["token_scores"] = pa.ListArray.from_arrays(offsets, _lists_of(_finite(result.items, owner, "token score")))
+        columns["token_scores"] = pa.ListArray.from_arrays(
+            offsets, _lists_of(_finite(result.items, owner, "token score"))
+        )
         columns["token_ids"] = pa.ListArray.from_arrays(offsets, pa.array(result.targets.astype(np.int32)))
         columns["token_positions"] = pa.ListArray.from_arrays(offsets, pa.array(result.positions.astype(np.int32)))
     if texts is not None:

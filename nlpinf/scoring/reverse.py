@@ -1,14 +1,253 @@
-"""placeholder"""
+"""Scores of a batch for many queries by one reverse pass to the activations and a few products a layer.
+
+A forward and a backward pass give every layer's input a and its output's gradient δ; a parameter's share of
+⟨v, g'(z)⟩ is the inner product of v with the layer's gradient, summed over the layer's calls (`layers.py`), so that tied
+weights count once a use. No gradient of the batch with respect to a parameter is formed.
+
+Which parameters may be done so is settled before and watched in every batch; the others go through forward mode, one pass
+a query, so that the sum is exact for every network:
+
+- before: on two batches of different shape each parameter's share is compared with `torch.autograd`, example by example;
+- in every batch: inputs and outputs of a layer's calls must have one group for each sequence (or counted item), its input
+  must not change in place afterwards, and no use of the parameter outside its layer may reach the outputs. The last is
+  seen by autograd: outside its layer's calls the parameter is a leaf that asks for a gradient.
+"""
+
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nlpinf import parameters as P
 from nlpinf.parameters import Parameters
 from nlpinf.scoring.forward import BatchScores, forward_scores
-from nlpinf.stages import Stage
+from nlpinf.scoring.layers import Groups, Rule, rule_of
+from nlpinf.stages import Stage, evaluation
 from nlpinf.tasks import Batch
+
+# Largest disagreement with autograd on a probe, relative to the norm of the parameter's gradient.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
+
+
+class _Uncovered(Exception):
+    """Parameters turned out to be used in a way that the layers' rules do not cover."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__(*sorted(names))
+        self.names = names
 
 
 class ReverseScorer:
+    """Scores batches for all queries at once; exact. `covered` are the parameters that need no pass a query."""
+
     def __init__(self, stage: Stage, vectors: list[Parameters]) -> None:
         self.stage, self.vectors = stage, vectors
+        self._stacked = {name: torch.stack([v[name] for v in vectors]) for name in vectors[0]}
+        self._calls = {module: names for module, names in _owned(stage.model).items() if rule_of(module) is not None}
+        known = {name for names in self._calls.values() for name in names.values()}
+        self.covered = [name for name in self._stacked if name in known]
+        for batch in _probes(stage):
+            self._probe(batch)
+
+    @property
+    def uncovered(self) -> list[str]:
+        """The parameters that go through forward mode."""
+        return [name for name in self._stacked if name not in self.covered]
 
     def __call__(self, batch: Batch) -> BatchScores:
-        return forward_scores(self.stage, self.vectors, batch)
+        losses, shares = self._shares(batch, self._stacked)
+        scores = sum(
+            shares.values(), torch.zeros(len(batch), len(self.vectors), dtype=torch.float64, device=losses.device)
+        )
+        if self.uncovered:
+            scores = (
+                scores + forward_scores(self.stage, [P.select(v, self.uncovered) for v in self.vectors], batch).scores
+            )
+        return BatchScores(losses, scores, None)
+
+    def _shares(self, batch: Batch, vectors: Parameters) -> tuple[Tensor, Parameters]:
+        """Return g(z) (B,) and every covered parameter's share of the scores, (B, Q) by name, in float64."""
+        while True:
+            try:
+                return reverse_pass(self.stage, self._calls, {n: vectors[n] for n in self.covered}, batch)
+            except _Uncovered as found:
+                self.covered = [n for n in self.covered if n not in found.names]
+
+    def _probe(self, batch: Batch) -> None:
+        """Take out of `covered` what disagrees with autograd on `batch`."""
+        truth, sizes, directions = _by_autograd(self.stage, list(self._stacked), batch)
+        _, shares = self._shares(batch, directions)
+        tolerance = _TOLERANCE.get(self.stage.dtype, 5e-2)
+        largest = max(float(size.max()) for size in sizes.values())
+        agreed = []
+        for name in self.covered:
+            share = shares.get(name, torch.zeros_like(truth[name])[:, None])[:, 0]
+            # A gradient that is zero up to rounding (a key's bias) is held to the rounding of the others.
+            if bool(((share - truth[name]).abs() <= tolerance * (sizes[name] + 1e-3 * largest)).all()):
+                agreed.append(name)
+        self.covered = agreed
+
+
+def reverse_scores(stage: Stage, vectors: list[Parameters], batch: Batch) -> BatchScores:
+    """Return the scores of one batch for each query vector; `ReverseScorer` does many batches with one probing."""
+    return ReverseScorer(stage, vectors)(batch)
+
+
+def reverse_pass(
+    stage: Stage, calls: dict[nn.Module, dict[str, str]], vectors: Parameters, batch: Batch
+) -> tuple[Tensor, Parameters]:
+    """Return g(z) (B,) and the shares of the parameters in `vectors`, each (Q, ...), by name: (B, Q) in float64."""
+    watch = _Watch(stage, calls, vectors, batch)
+    with evaluation(stage.model), torch.enable_grad():
+        with watch.installed():
+            outputs = stage.outputs(batch, watch.leaves)
+        weights = stage.item_weights(batch)
+        with torch.no_grad():
+            cotangent = weights[:, None] * stage.task.loss.gradient(outputs.detach(), batch.targets)
+            losses = batch.sum_by_example(stage.task.losses(outputs.detach(), batch).double() * weights)
+        if outputs.requires_grad:
+            torch.autograd.backward(outputs, cotangent)
+    outside = {name for name, leaf in watch.leaves.items() if leaf.grad is not None}
+    if outside | watch.odd:
+        raise _Uncovered(outside | watch.odd)
+    return losses, watch.shares
+
+
+class _Watch:
+    """Hooks on the layers for one forward and backward pass."""
+
+    def __init__(
+        self, stage: Stage, calls: dict[nn.Module, dict[str, str]], vectors: Parameters, batch: Batch
+    ) -> None:
+        self.calls = {
+            module: {local: name for local, name in names.items() if name in vectors}
+            for module, names in calls.items()
+        }
+        self.vectors = vectors
+        self.inside = {name: stage.parameters[name] for name in vectors}
+        self.leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in self.inside.items()}
+        self.sequences = Groups(batch.sequence, len(batch))
+        self.items = Groups(batch.example, len(batch))
+        head = stage.task.item_module(stage.model)
+        self.item_modules = set() if head is None else set(head.modules())
+        self.shares: Parameters = {}
+        self.odd: set[str] = set()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        handles = []
+        for module, names in self.calls.items():
+            if names:
+                handles.append(module.register_forward_pre_hook(self.enter))
+                handles.append(module.register_forward_hook(self.leave, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        for local, name in self.calls[module].items():
+            module._parameters[local] = self.inside[name]  # type: ignore[assignment]
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        names = self.calls[module]
+        for local, name in names.items():
+            module._parameters[local] = self.leaves[name]  # type: ignore[assignment]
+        groups = self.items if module in self.item_modules else self.sequences
+        count = len(groups.owner)
+        rule = rule_of(module)
+        if (
+            kwargs
+            or len(args) != 1
+            or not isinstance(args[0], Tensor)
+            or not isinstance(out, Tensor)
+            or not out.dim()
+        ):
+            self.odd.update(names.values())
+            return None
+        if type(module) is nn.Embedding and out.shape[0] == 1 < count:
+            out = out.expand(count, *out.shape[1:])  # positions that all sequences share: each gets its own gradient
+        elif args[0].shape[:1] != (count,) or out.shape[0] != count:
+            self.odd.update(names.values())
+            return None
+        a, version = args[0].detach(), args[0]._version
+        assert rule is not None
+
+        def arrived(delta: Tensor) -> None:
+            self.add(module, rule, names, a, version, delta, groups)
+
+        if out.requires_grad:
+            out.register_hook(arrived)
+            return None
+        leaf = out.detach().requires_grad_(True)
+        leaf.register_hook(arrived)
+        return leaf.clone()  # the network may change its own tensor in place, but not a leaf
+
+    def add(
+        self,
+        module: nn.Module,
+        rule: Rule,
+        names: dict[str, str],
+        a: Tensor,
+        version: int,
+        delta: Tensor,
+        groups: Groups,
+    ) -> None:
+        if a._version != version:
+            self.odd.update(names.values())
+            return
+        with torch.no_grad():
+            try:
+                found = rule(
+                    module, (a,), delta, {local: self.vectors[name] for local, name in names.items()}, groups
+                )
+            except (RuntimeError, NotImplementedError):
+                self.odd.update(names.values())
+                return
+        for local, share in found.items():
+            name, share = names[local], share.double()
+            self.shares[name] = self.shares[name] + share if name in self.shares else share
+
+
+def _owned(model: nn.Module) -> dict[nn.Module, dict[str, str]]:
+    """Return for every module its own parameters' local names and the names that the model's tree has for them."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    owned = {
+        module: {local: first[id(p)] for local, p in module._parameters.items() if p is not None}
+        for module in model.modules()
+    }
+    return {module: names for module, names in owned.items() if names}
+
+
+def _probes(stage: Stage) -> Iterator[Batch]:
+    """Yield a batch of the two shortest and one of the three longest of the first examples."""
+    encoded = stage.task.encode([stage.data[i] for i in range(min(32, stage.size))])
+    order = sorted(range(len(encoded)), key=lambda i: stage.task.length(encoded[i]))
+    for chosen in ((order * 2)[:2], (order[::-1] * 3)[:3]):
+        rows = [int(stage.rows[i]) for i in chosen]
+        yield stage.on_device(stage.task.collate([encoded[i] for i in chosen], rows))
+
+
+def _by_autograd(stage: Stage, names: list[str], batch: Batch) -> tuple[Parameters, Parameters, Parameters]:
+    """Return ⟨r, g'(z)⟩ and ‖g'(z)‖ by parameter, each (B,) in float64, and the random directions r, each (1, ...)."""
+    directions = P.random_like(P.select(stage.parameters, names), seed=0)
+    theta = {n: stage.parameters[n].clone().requires_grad_(True) for n in names}
+    truth: dict[str, list[Tensor]] = {n: [] for n in names}
+    sizes: dict[str, list[Tensor]] = {n: [] for n in names}
+    with evaluation(stage.model), torch.enable_grad():
+        losses = stage.example_losses(batch, theta)
+        for loss in losses:
+            gradients = torch.autograd.grad(loss, list(theta.values()), retain_graph=True, materialize_grads=True)
+            for name, gradient in zip(names, gradients):
+                truth[name].append((gradient.double() * directions[name].double()).sum())
+                sizes[name].append(gradient.double().norm())
+    return (
+        {n: torch.stack(values) for n, values in truth.items()},
+        {n: torch.stack(values) for n, values in sizes.items()},
+        {n: r[None] for n, r in directions.items()},
+    )

@@ -68,7 +68,9 @@ class Store:
         if path.exists():
             old = read_manifest(folder)
             if difference := _difference(old.get("identity"), manifest["identity"]):
-                raise BadInput(f"{folder}: {difference}; give another folder, or the arguments that it was started with")
+                raise BadInput(
+                    f"{folder}: {difference}; give another folder, or the arguments that it was started with"
+                )
             return cls(folder, old)
         if strange := [p.name for p in folder.iterdir() if not p.name.endswith(_PARTIAL)]:
             raise BadInput(f"{folder}: is no scores folder and has files in it ({min(strange)}); give a new folder")
@@ -208,7 +210,9 @@ class Scores:
     def _query(self, query: int | str) -> int:
         if isinstance(query, str):
             if query not in self.queries:
-                raise BadInput(f"there is no query {query!r} in these scores; there are {', '.join(map(repr, self.queries))}")
+                raise BadInput(
+                    f"there is no query {query!r} in these scores; there are {', '.join(map(repr, self.queries))}"
+                )
             return self.queries.index(query)
         if not 0 <= query < len(self.queries):
             raise BadInput(f"there is no query {query}; these scores have {len(self.queries)}, numbered from 0")
@@ -232,13 +236,17 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(f"{folder}: is no scores folder (there is no {MANIFEST}); give one that `nlpinf score` made") from None
+        raise BadInput(
+            f"{folder}: is no scores folder (there is no {MANIFEST}); give one that `nlpinf score` made"
+        ) from None
     except ValueError:
         raise BadInput(f"{path}: is not valid JSON; score the corpus again into a new folder") from None
     if not isinstance(manifest, dict) or manifest.get("kind") != "scores":
         raise BadInput(f"{path}: is no manifest of scores; give a folder that `nlpinf score` made")
     if manifest.get("format") != FORMAT:
-        raise BadInput(f"{path}: has format {manifest.get('format')}, this version reads {FORMAT}; use the version that wrote it")
+        raise BadInput(
+            f"{path}: has format {manifest.get('format')}, this version reads {FORMAT}; use the version that wrote it"
+        )
     return manifest
 
 
@@ -282,7 +290,11 @@ class _disk:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError):
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            advice = "free some space and run again; finished parts are kept" if full else "check the folder and its rights"
+            advice = (
+                "free some space and run again; finished parts are kept"
+                if full
+                else "check the folder and its rights"
+            )
             raise BadInput(f"{self.path}: cannot be written ({error.strerror or error}); {advice}") from error
 
 

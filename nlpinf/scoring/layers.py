@@ -1,0 +1,166 @@
+"""Per-example inner products of a layer's gradient with many vectors, from its input a and its output's gradient δ.
+
+For one call of a layer on G groups (sequences, or single counted items) of T places each, group g belonging to example
+`owner[g]`, every function returns ⟨V_q, ∂/∂(parameter) of example b's loss⟩ for all b and q, (B, Q):
+
+    linear map       Σ_t δ_tᵀ V_q a_t
+    bias             Σ_t ⟨δ_t, V_q⟩
+    embedding        Σ_t ⟨δ_t, V_q[id_t]⟩
+    normalisation    Σ_t ⟨δ_t ∘ x̂_t, V_q⟩,  x̂ the normalised input
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from transformers.pytorch_utils import Conv1D
+
+_BLOCK = (
+    1 << 20
+)  # entries of the per-example gradients that are held at a time: a few MiB, so that they stay in cache
+_SMALL = 1 << 16  # entries of a module's parameters up to which per-example gradients are formed whole
+
+
+class Groups:
+    """To which of `examples` examples each group belongs: `owner` (G,) int64, in any order."""
+
+    def __init__(self, owner: Tensor, examples: int) -> None:
+        self.owner, self.examples = owner, examples
+        self.counts = torch.bincount(owner, minlength=examples)
+        self.longest = int(self.counts.max()) if len(owner) else 0
+        even = 0 < self.longest * examples == len(owner)
+        self.regular = even and bool(
+            (owner.view(examples, -1) == torch.arange(examples, device=owner.device)[:, None]).all()
+        )
+
+    def summed(self, values: Tensor) -> Tensor:
+        """Return the sums over each example's groups of (G, Q) values, (B, Q)."""
+        if self.regular and self.longest == 1:
+            return values
+        return values.new_zeros(self.examples, *values.shape[1:]).index_add_(0, self.owner, values)
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Return (G, T, d) values as (B, longest · T, d): the groups of an example one after the other, zeros behind."""
+        _, places, width = values.shape
+        if self.regular:
+            return values.reshape(self.examples, self.longest * places, width)
+        order = torch.argsort(self.owner, stable=True)
+        first = torch.cumsum(self.counts, 0) - self.counts
+        owner = self.owner[order]
+        padded = values.new_zeros(self.examples, self.longest, places, width)
+        padded[owner, torch.arange(len(order), device=values.device) - first[owner]] = values[order]
+        return padded.view(self.examples, self.longest * places, width)
+
+
+def bilinear(left: Tensor, right: Tensor, vectors: Tensor, groups: Groups) -> Tensor:
+    """Return Σ_t left_tᵀ V_q right_t by example; left (G, T, r), right (G, T, c), V (Q, r, c).
+
+    Either V_q times `right` for each query, Q·G·T·r·c multiplications, or the examples' gradients Σ_t left_t right_tᵀ
+    once and their inner products with all V_q, B·(T' + Q)·r·c with T' the most places of an example: the fewer.
+    """
+    places = groups.examples * groups.longest * left.shape[1]
+    if len(vectors) * left.shape[0] * left.shape[1] <= places + groups.examples * len(vectors):
+        columns = [torch.linalg.vecdot(left, right @ v.T).sum(1) for v in vectors]
+        return groups.summed(torch.stack(columns, 1))
+    left, right = groups.gathered(left).transpose(1, 2), groups.gathered(right)
+    total = left.new_zeros(groups.examples, len(vectors))
+    # Blocks over examples and rows of V: the gradients of a vocabulary-sized layer for a batch would not fit in memory.
+    count = max(1, min(groups.examples, _BLOCK // (16 * right.shape[2])))
+    step = max(1, _BLOCK // (count * right.shape[2]))
+    for r in range(0, left.shape[1], step):
+        block = vectors[:, r : r + step].flatten(1).T
+        for b in range(0, groups.examples, count):
+            gradient = torch.bmm(left[b : b + count, r : r + step], right[b : b + count])
+            total[b : b + count].addmm_(gradient.flatten(1), block)
+    return total
+
+
+Rule = Callable[[nn.Module, tuple[Tensor, ...], Tensor, dict[str, Tensor], Groups], dict[str, Tensor]]
+
+
+def _three(values: Tensor, trailing: int = 1) -> Tensor:
+    """Return (G, ..., d) as (G, T, d), the last `trailing` dimensions being d."""
+    return values.reshape(values.shape[0], -1, values.shape[-trailing:].numel())
+
+
+def _bias(delta: Tensor, vectors: Tensor, groups: Groups) -> Tensor:
+    return groups.summed(delta.sum(1) @ vectors.flatten(1).T)
+
+
+def linear(
+    module: nn.Module, inputs: tuple[Tensor, ...], delta: Tensor, vectors: dict[str, Tensor], groups: Groups
+) -> dict[str, Tensor]:
+    """Rule of `nn.Linear`, weight (out, in), and of transformers' `Conv1D`, weight (in, out)."""
+    a, delta = _three(inputs[0]), _three(delta)
+    found = {}
+    if "weight" in vectors:
+        left, right = (a, delta) if isinstance(module, Conv1D) else (delta, a)
+        found["weight"] = bilinear(left, right, vectors["weight"], groups)
+    if "bias" in vectors:
+        found["bias"] = _bias(delta, vectors["bias"], groups)
+    return found
+
+
+def embedding(
+    module: nn.Module, inputs: tuple[Tensor, ...], delta: Tensor, vectors: dict[str, Tensor], groups: Groups
+) -> dict[str, Tensor]:
+    """Rule of `nn.Embedding`."""
+    delta = _three(delta)
+    ids = inputs[0].expand(delta.shape[0], *inputs[0].shape[1:]).reshape(delta.shape[0], -1)
+    columns = [torch.linalg.vecdot(delta, F.embedding(ids, v)).sum(1) for v in vectors["weight"]]
+    return {"weight": groups.summed(torch.stack(columns, 1))}
+
+
+def normalisation(
+    module: nn.Module, inputs: tuple[Tensor, ...], delta: Tensor, vectors: dict[str, Tensor], groups: Groups
+) -> dict[str, Tensor]:
+    """Rule of `nn.LayerNorm` and `nn.RMSNorm`."""
+    shape = module.normalized_shape
+    found = {}
+    if "weight" in vectors:
+        bare = (
+            F.layer_norm(inputs[0], shape, eps=module.eps)
+            if isinstance(module, nn.LayerNorm)
+            else F.rms_norm(inputs[0], shape, eps=module.eps)
+        )
+        found["weight"] = _bias(_three(delta * bare, len(shape)), vectors["weight"], groups)
+    if "bias" in vectors:
+        found["bias"] = _bias(_three(delta, len(shape)), vectors["bias"], groups)
+    return found
+
+
+def small(
+    module: nn.Module, inputs: tuple[Tensor, ...], delta: Tensor, vectors: dict[str, Tensor], groups: Groups
+) -> dict[str, Tensor]:
+    """Rule of any module with few parameters that works on each group alone: its own vector-Jacobian product, by group."""
+    values = {n: p.detach() for n, p in module.named_parameters(recurse=False)}
+    fixed = {n: p for n, p in values.items() if n not in vectors}
+
+    def gradient(a: Tensor, d: Tensor) -> dict[str, Tensor]:
+        moved = {n: values[n] for n in vectors}
+        _, pull = vjp(lambda p: functional_call(module, {**fixed, **p}, (a[None],))[0], moved)
+        return pull(d)[0]
+
+    by_group = vmap(gradient)(inputs[0], delta)
+    return {n: groups.summed(g.flatten(1) @ vectors[n].flatten(1).T) for n, g in by_group.items()}
+
+
+def rule_of(module: nn.Module) -> Rule | None:
+    """Return the rule of a module that holds parameters of its own, None if it has none.
+
+    By exact type: a subclass may compute something else.
+    """
+    kind = type(module)
+    if kind in (nn.Linear, Conv1D):
+        return linear
+    if kind is nn.Embedding:
+        return None if module.max_norm is not None or module.scale_grad_by_freq or module.sparse else embedding
+    if kind in (nn.LayerNorm, nn.RMSNorm):
+        return normalisation
+    own = list(module.parameters(recurse=False))
+    leaf = next(module.children(), None) is None
+    return small if leaf and own and sum(p.numel() for p in own) <= _SMALL else None
