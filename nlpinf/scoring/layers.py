@@ -12,6 +12,7 @@ For one call of a layer on G groups (sequences, or single counted items) of T pl
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ def bilinear(left: Tensor, right: Tensor, vectors: Tensor, groups: Groups) -> Te
     return total
 
 
-Rule = Callable[[nn.Module, tuple[Tensor, ...], Tensor, dict[str, Tensor], Groups], dict[str, Tensor]]
+Rule = Callable[[Any, tuple[Tensor, ...], Tensor, dict[str, Tensor], Groups], dict[str, Tensor]]
 
 
 def _three(values: Tensor, trailing: int = 1) -> Tensor:
@@ -92,7 +93,7 @@ def _bias(delta: Tensor, vectors: Tensor, groups: Groups) -> Tensor:
 
 
 def linear(
-    module: nn.Module, inputs: tuple[Tensor, ...], delta: Tensor, vectors: dict[str, Tensor], groups: Groups
+    module: Any, inputs: tuple[Tensor, ...], delta: Tensor, vectors: dict[str, Tensor], groups: Groups
 ) -> dict[str, Tensor]:
     """Rule of `nn.Linear`, weight (out, in), and of transformers' `Conv1D`, weight (in, out)."""
     a, delta = _three(inputs[0]), _three(delta)
@@ -106,7 +107,7 @@ def linear(
 
 
 def embedding(
-    module: nn.Module, inputs: tuple[Tensor, ...], delta: Tensor, vectors: dict[str, Tensor], groups: Groups
+    module: Any, inputs: tuple[Tensor, ...], delta: Tensor, vectors: dict[str, Tensor], groups: Groups
 ) -> dict[str, Tensor]:
     """Rule of `nn.Embedding`."""
     delta = _three(delta)
@@ -116,7 +117,7 @@ def embedding(
 
 
 def normalisation(
-    module: nn.Module, inputs: tuple[Tensor, ...], delta: Tensor, vectors: dict[str, Tensor], groups: Groups
+    module: Any, inputs: tuple[Tensor, ...], delta: Tensor, vectors: dict[str, Tensor], groups: Groups
 ) -> dict[str, Tensor]:
     """Rule of `nn.LayerNorm` and `nn.RMSNorm`."""
     shape = module.normalized_shape
@@ -134,7 +135,7 @@ def normalisation(
 
 
 def small(
-    module: nn.Module, inputs: tuple[Tensor, ...], delta: Tensor, vectors: dict[str, Tensor], groups: Groups
+    module: Any, inputs: tuple[Tensor, ...], delta: Tensor, vectors: dict[str, Tensor], groups: Groups
 ) -> dict[str, Tensor]:
     """Rule of any module with few parameters that works on each group alone: its own vector-Jacobian product, by group."""
     values = {n: p.detach() for n, p in module.named_parameters(recurse=False)}
@@ -142,7 +143,7 @@ def small(
 
     def gradient(a: Tensor, d: Tensor) -> dict[str, Tensor]:
         moved = {n: values[n] for n in vectors}
-        _, pull = vjp(lambda p: functional_call(module, {**fixed, **p}, (a[None],))[0], moved)
+        _, pull = vjp(lambda p: functional_call(module, {**fixed, **p}, (a[None],))[0], moved)  # type: ignore[misc]
         return pull(d)[0]
 
     by_group = vmap(gradient)(inputs[0], delta)

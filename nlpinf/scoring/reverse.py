@@ -8,9 +8,9 @@ Which parameters may be done so is settled before and watched in every batch; th
 a query, so that the sum is exact for every network:
 
 - before: on two batches of different shape each parameter's share is compared with `torch.autograd`, example by example;
-- in every batch: inputs and outputs of a layer's calls must have one group for each sequence (or counted item), its input
-  must not change in place afterwards, and no use of the parameter outside its layer may reach the outputs. The last is
-  seen by autograd: outside its layer's calls the parameter is a leaf that asks for a gradient.
+- in every batch: inputs and outputs of a layer's calls must have one group for each sequence (or counted item), and no
+  use of the parameter outside its layer may reach the outputs. The latter is seen by autograd: outside its layer's calls
+  the parameter is a leaf that asks for a gradient.
 """
 
 from __future__ import annotations
@@ -175,11 +175,11 @@ class _Watch:
         elif args[0].shape[:1] != (count,) or out.shape[0] != count:
             self.odd.update(names.values())
             return None
-        a, version = args[0].detach(), args[0]._version
+        a = args[0].detach()
         assert rule is not None
 
         def arrived(delta: Tensor) -> None:
-            self.add(module, rule, names, a, version, delta, groups)
+            self.add(module, rule, names, a, delta, groups)
 
         if out.requires_grad:
             out.register_hook(arrived)
@@ -194,13 +194,9 @@ class _Watch:
         rule: Rule,
         names: dict[str, str],
         a: Tensor,
-        version: int,
         delta: Tensor,
         groups: Groups,
     ) -> None:
-        if a._version != version:
-            self.odd.update(names.values())
-            return
         with torch.no_grad():
             try:
                 found = rule(
