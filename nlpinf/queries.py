@@ -94,8 +94,8 @@ class Query:
             own = outputs.gather(-1, batch.targets[:, None])
             others = outputs.scatter(-1, batch.targets[:, None], float("-inf"))
             return (others.amax(-1) - own[:, 0]).sum()
-        weights = batch.counts.clamp(min=1).reciprocal()[batch.example]
-        return (stage.task.losses(outputs, batch) * weights.to(outputs)).sum() / len(self.examples)
+        weights = batch.counts.clamp(min=1).to(outputs.dtype).reciprocal()[batch.example]
+        return (stage.task.losses(outputs, batch) * weights).sum() / len(self.examples)
 
 
 def _shown(example: Any) -> str:

@@ -10,6 +10,7 @@ with g of the task and reduction (see `Stage`). The notation is that of docs/con
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -41,7 +42,9 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if recurrent:
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            with warnings.catch_warnings():  # PyTorch's setter speaks of GPUs that a CPU-only build does not support
+                warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         try:
             model.eval()
