@@ -61,23 +61,29 @@ class RowScorer:
             raise BadInput(f"mode {mode!r} is none of 'auto', 'forward', 'reverse'")
         if token_scores and mode == "reverse":
             raise BadInput("token scores come from forward mode; use mode='forward' or 'auto'")
-        if mode == "auto":
-            mode = "forward" if token_scores or len(vectors) <= FORWARD_QUERIES else "reverse"
-        self.mode, self.token_scores, self.queries = mode, token_scores, len(vectors)
-        self.stage = vectors.stage
+        self.stage, self.token_scores, self.queries = vectors.stage, token_scores, len(vectors)
         trees = list(vectors.vectors)
-        self._score: Callable[[Batch], BatchScores] = (
-            ForwardScorer(self.stage, trees) if mode == "forward" else ReverseScorer(self.stage, trees)
-        )
+        self._score: Callable[[Batch], BatchScores] = ForwardScorer(self.stage, trees)
+        self.mode: Mode = "forward"
+        if mode == "reverse" or (mode == "auto" and not token_scores and self.queries > FORWARD_QUERIES):
+            reverse = ReverseScorer(self.stage, trees)
+            # A parameter without a rule costs a forward-mode pass a query, and then reverse mode saves nothing.
+            if mode == "reverse" or not reverse.uncovered:
+                self._score, self.mode = reverse, "reverse"
 
     def __call__(self, examples: Sequence[Any], rows: Sequence[int]) -> RowScores:
         stage, task, n = self.stage, self.stage.task, len(examples)
         scores, losses, tokens = np.empty((n, self.queries)), np.empty(n), np.empty(n, np.int64)
         items: list[tuple[np.ndarray, ...]] = []
         encoded = task.encode(examples)
-        for chosen in length_batches([task.length(e) for e in encoded], *self.budget()):
+        waiting = list(length_batches([task.length(e) for e in encoded], *self.budget()))[::-1]
+        while waiting:
+            chosen = waiting.pop()
             batch = stage.on_device(task.collate([encoded[i] for i in chosen], [rows[i] for i in chosen]))
             result = self._score(batch)
+            if len(chosen) > 1 and not bool(torch.isfinite(result.scores).all()):
+                waiting += [[i] for i in chosen[::-1]]  # one NaN spreads to its neighbours (0 · NaN): find whose it is
+                continue
             where = np.asarray(chosen)
             scores[where], losses[where] = _numpy(result.scores), _numpy(result.losses)
             tokens[where] = _numpy(batch.counts)
