@@ -28,10 +28,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from nlpinf.scoring.forward import forward_scores
 from nlpinf.stages import Chain, Proximity, Stage
 from nlpinf.tasks import CausalLM, Classification, MaskedLM, Regression, SequenceClassification, Task
 
-WORDS = "the a cat dog sat ran on mat good bad film".split()
+WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "mat", "good", "bad", "film"]
 TEXTS = ["the cat sat on the mat", "a dog ran", "a good film", "the bad dog sat"]
 MORE_TEXTS = ["bad film", "the good cat ran on"]
 LABELLED = [
@@ -391,3 +392,11 @@ NAMES = [(family, path) for family in FAMILIES for path in PATHS[:3]] + [("mlp",
 def case(family: str, path: str, dtype: torch.dtype = torch.float64) -> Case:
     """Return the case of the table; built once."""
     return build(FAMILIES[family], path, dtype, f"{family}, {path}")
+
+
+def scores_of(stage: Stage, vectors: list[dict[str, Tensor]]) -> Tensor:
+    """Return the scores (rows, queries) of every example of the stage, in the corpus's order."""
+    result = torch.zeros(stage.size, len(vectors), dtype=torch.float64)
+    for batch in stage.batches():
+        result[batch.rows] = forward_scores(stage, vectors, batch).scores
+    return result

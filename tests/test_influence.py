@@ -6,25 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from nlpinf import parameters as P
 from nlpinf.curvature import Matrix
 from nlpinf.influence import ImplicitSolve, query_vectors
 from nlpinf.queries import Query
-from nlpinf.scoring.forward import forward_scores
 from nlpinf.solvers import CG, Preconditioner
 from nlpinf.stages import Stage
 from tests import oracle
-from tests.cases import NAMES, case
-
-
-def scores_of(stage: Stage, vectors: list[P.Parameters]) -> Tensor:
-    """Return the scores (rows, queries) of every example of the stage, in the corpus's order."""
-    result = torch.zeros(stage.size, len(vectors), dtype=torch.float64)
-    for batch in stage.batches():
-        result[batch.rows] = forward_scores(stage, vectors, batch).scores
-    return result
+from tests.cases import NAMES, case, scores_of
 
 
 def inverse(family: str, path: str, k: int, kind: str, damping: float, stage: Stage) -> Preconditioner:
