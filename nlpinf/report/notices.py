@@ -1,0 +1,88 @@
+"""What a reader must know before the scores: the warnings that stand first on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nlpinf.report.numbers import count
+
+SECOND_RESIDUAL_LIMIT = 0.5
+"""A larger second-sample residual is a warning: rows outside the sample leave more than half of b unexplained."""
+
+_ADVICE = {
+    "not converged": "Allow more iterations, or take a larger damping.",
+    "negative curvature": "Use curvature “ggn”, or a damping larger than the most negative eigenvalue.",
+    "diverged": "Use a larger damping.",
+    "not finite": "Run nlpinf check on the model, and use a larger damping.",
+}
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A warning: with a `serious` one the scores are no result as they stand; `advice` says what to do."""
+
+    serious: bool
+    text: str
+    advice: str
+
+
+def notices(manifest: Mapping[str, Any], columns: list[np.ndarray], missing: int | None) -> list[Notice]:
+    """Return the warnings of a scores store: its solves, rows that are missing, scores that are no numbers."""
+    found: list[Notice] = []
+    queries = manifest.get("queries") or []
+    for query in queries:
+        for stage, verdict in (query.get("verdicts") or {}).items():
+            found += _of_solve(f"the solve at stage “{stage}” for “{query['name']}”", verdict)
+        if not query.get("verdicts"):
+            text = f"No verdict is recorded for the solves of “{query['name']}”."
+            found.append(Notice(True, text, "Compute the query vector again; a solve without a verdict is no result."))
+    if missing:
+        text = f"{count(missing)} rows of the corpus have no score yet, so the lists may change."
+        advice = "Run nlpinf score again with the same arguments: it does the missing parts only."
+        found.append(Notice(True, text, advice))
+    for query, column in zip(queries, columns):
+        found += _of_scores(query["name"], column)
+    skipped = (manifest.get("corpus") or {}).get("skipped") or {}
+    for reason, number in skipped.items() if isinstance(skipped, Mapping) else [("", skipped)]:
+        if number:
+            told = f" ({str(reason).replace('_', ' ')})" if reason else ""
+            text = f"{count(int(number))} sentences of the corpus were skipped{told} and have no score."
+            found.append(Notice(False, text, "What was skipped has no part in any list or chart here."))
+    return found
+
+
+def _of_scores(query: str, column: np.ndarray) -> list[Notice]:
+    bad = int((~np.isfinite(column)).sum())
+    if bad:
+        text = f"{count(bad)} scores of “{query}” are not finite; the lists and the histogram leave them out."
+        return [Notice(True, text, "Run nlpinf check on the model, and score in float32.")]
+    if len(column) and not column.any():
+        text = f"Every score of “{query}” is zero: nothing of the pretraining reaches the query."
+        return [Notice(True, text, "Check that the stages of the chain share the encoder.")]
+    return []
+
+
+def _of_solve(where: str, verdict: Mapping[str, Any]) -> list[Notice]:
+    found = []
+    residual, second, tolerance = (verdict.get(key) for key in ("residual", "second_residual", "tolerance"))
+    ending = str(verdict.get("verdict"))
+    if ending != "converged":
+        size = "not finite" if residual is None else f"{residual:.2g}"
+        limit = f", where {tolerance:.2g} was asked for" if tolerance else ""
+        text = (
+            f"{where[0].upper()}{where[1:]} ended “{ending}”, with a relative residual of {size}{limit}. "
+            "Unconverged solves were allowed, so it was used all the same."
+        )
+        found.append(Notice(True, text, _ADVICE.get(ending, _ADVICE["not converged"])))
+    if second is not None and second > SECOND_RESIDUAL_LIMIT:
+        text = (
+            f"On a second curvature sample {where} has a relative residual of {second:.2g}: "
+            "other rows of the same corpus would give rather different scores."
+        )
+        advice = "Take a larger curvature sample or a larger damping; until then trust signs and ranks more than sizes."
+        found.append(Notice(False, text, advice))
+    return found
