@@ -130,7 +130,8 @@ def removals(rows: Sequence[dict[str, Any]]) -> Markup:
     parts.append(_text(WIDTH / 2, height - 3, unit, "middle"))
     for i, row in enumerate(rows):
         at = top + step * i + 30
-        parts.append(_text(12, at - 16, str(row["name"]), "start", "name"))
+        name = str(row["name"])
+        parts.append(_text(12, at - 16, name if len(name) <= 52 else name[:51] + "…", "start", "name"))
         for draw in row["draws"]:
             parts.append(_line(x(draw), at - 6, x(draw), at + 6, "tick"))
         if row["actual"] is not None and row["predicted"] is not None:
