@@ -186,17 +186,18 @@ class Case:
         full = {}
         for name, parameter in stage.model.named_parameters(remove_duplicate=False):
             full[name] = theta[groups.setdefault(id(parameter), name)]
-        return self.route(stage, _reference(stage.model), full, i)
+        return self.route(stage, reference(stage.model), full, i)
 
 
 _REFERENCES: dict[int, tuple[nn.Module, nn.Module]] = {}
 
 
-def _reference(model: nn.Module) -> nn.Module:
+def reference(model: nn.Module) -> nn.Module:
     """Return a float64 twin of the model in evaluation mode, with eager attention where it has any."""
     if id(model) not in _REFERENCES:
         if hasattr(model, "config"):
-            twin = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager")
+            twin = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager").double()
+            twin.load_state_dict(model.state_dict())
         else:
             twin = copy.deepcopy(model)
         _REFERENCES[id(model)] = (model, twin.double().eval())

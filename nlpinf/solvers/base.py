@@ -103,6 +103,7 @@ def finished(
 ) -> Solution:
     """Measure the true residuals of `vector` and close the solve; only they decide between converged and not."""
     scale = P.norm(right)
+    second_before = second.products if second is not None else 0
 
     def relative(of: Operator) -> float:
         return P.norm(P.axpy(-1.0, of @ vector, right)) / scale if scale else 0.0
@@ -113,7 +114,7 @@ def finished(
         verdict = "not finite"
     elif verdict in ("converged", "not converged"):
         verdict = "converged" if residual <= tolerance else "not converged"
-    spent = operator.products - products_before + (1 if second is not None else 0)
+    spent = operator.products - products_before + (second.products - second_before if second is not None else 0)
     return Solution(vector, verdict, residual, other, spent, tolerance, operator.damping, solver, history)
 
 
