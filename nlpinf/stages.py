@@ -165,11 +165,11 @@ class Stage:
         return batch.to(self.device).cast(self.dtype)
 
     def outputs(self, batch: Batch, changed: Parameters | None = None) -> Tensor:
-        """Return the task's outputs (I, classes) at θ, with the tensors in `changed` in the place of θ's."""
+        """Return the task's outputs (I, classes) at θ, with the tensors in `changed` in the place of θ's; call it within `evaluation`."""
         return self.task.outputs(_Functional(self.model, {**self.parameters, **(changed or {})}), batch)  # type: ignore[arg-type]
 
     def example_losses(self, batch: Batch, changed: Parameters | None = None) -> Tensor:
-        """Return g(z) of every example, (B,), differentiable in `changed`."""
+        """Return g(z) of every example, (B,), differentiable in `changed`; call it within `evaluation`."""
         items = self.task.losses(self.outputs(batch, changed), batch) * self.item_weights(batch)
         return items.new_zeros(len(batch)).index_add(0, batch.example, items)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,8 +145,9 @@ class MaskedLM(_LanguageModel):
     def _chosen(self, ids: Tensor, attention: Tensor, rows: Tensor, number: Tensor) -> Tensor:
         maskable = self._maskable[ids] & attention.bool()
         draw = uniform(self.seed, *self._keys(ids, rows, number)).masked_fill(~maskable, 2.0)
-        wanted = (self.probability * maskable.sum(1)).round().clamp(min=1)
-        rank = draw.argsort(1, stable=True).argsort(1)
+        # In float64, so that it rounds as `counted` does: half of a token falls to the even number in both.
+        wanted = (self.probability * maskable.sum(1).double()).round().clamp(min=1)
+        rank = draw.argsort(dim=1, stable=True).argsort(dim=1)
         return (rank < wanted[:, None]) & maskable
 
     def _corrupted(self, ids: Tensor, counted: Tensor, rows: Tensor, number: Tensor) -> Tensor:
@@ -227,6 +228,8 @@ class SequenceClassification(_TextTask):
 
     def encode(self, examples: Sequence[Any]) -> list[_Labelled]:
         for example in examples:
+            if not isinstance(example, Mapping) or "label" not in example or "text" not in example:
+                raise BadInput(f"an example of this task is a mapping with `text` and `label`, not {str(example)[:60]!r}")
             label = example["label"]
             if not isinstance(label, int) or not 0 <= label < self.labels:
                 raise BadInput(f"label {label!r} is outside the range 0 to {self.labels - 1} of this task")
