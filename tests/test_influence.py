@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from nlpinf.curvature import Matrix
-from nlpinf.influence import ImplicitSolve, query_vectors
+from nlpinf.curvature import Matrix, curvature_samples
+from nlpinf.errors import BadInput, NotConverged
+from nlpinf.influence import ImplicitSolve, Relative, query_vectors
 from nlpinf.queries import Query
 from nlpinf.solvers import CG, Preconditioner
-from nlpinf.stages import Stage
+from nlpinf.stages import Chain, Stage
 from tests import oracle
 from tests.cases import NAMES, case, scores_of
 
@@ -71,3 +74,92 @@ def test_vectors_and_scores_in_single_precision(family: str, path: str) -> None:
 )
 def test_vectors_and_scores_with_the_fisher(family: str, path: str) -> None:
     compare(family, path, ["fisher"], torch.float64, 1e-8)
+
+
+def test_one_stage_is_the_classic_influence_function() -> None:
+    """Without a second stage v = −(G'' + λI)⁻¹ q'."""
+    c, d = case("mlp", "frozen"), oracle.dense("mlp", "frozen", 0)
+    stage = c.chain.stages[0]
+    query = Query.mean_loss(stage.data[:3])
+    made = query_vectors(Chain([stage]), [query], curvature="hessian", damping=3.0, solver=CG(1e-12))
+    matrix = oracle.matrix("mlp", "frozen", 0, "hessian") + 3.0 * torch.eye(len(d.theta), dtype=torch.float64)
+    expected = -torch.linalg.solve(matrix, d.gradients[:3].mean(0))
+    assert torch.linalg.norm(d.flat(made.vectors[0]) - expected) <= 1e-10 * torch.linalg.norm(expected)
+    assert made.values[0] == pytest.approx(float(sum(d.loss(d.theta, i) for i in range(3)) / 3), rel=1e-12)
+
+
+def test_the_curvature_sample_is_what_the_solve_averages_over() -> None:
+    """Two rows of the corpus carry the curvature; the second residual is that of two others."""
+    c, d = case("mlp", "frozen"), oracle.dense("mlp", "frozen", 0)
+    stage = c.chain.stages[0]
+    made = query_vectors(Chain([stage]), [Query.loss(stage.data[0])], damping=0.1, solver=CG(1e-12), sample=2, seed=3)
+    first, second = curvature_samples(stage.size, 2, 3)
+    weights = torch.zeros(2, stage.size, dtype=torch.float64)
+    weights[0, first] = weights[1, second] = 0.5
+    eye = torch.eye(len(d.theta), dtype=torch.float64)
+    shift = torch.diag(d.shift(c.chain.links[0])) + 0.1 * eye
+    matrices = [shift.clone(), shift.clone()]
+    for i, jacobian in enumerate(d.jacobians):
+        p = torch.softmax(d.outputs(d.theta, i)[0][0], 0)
+        block = jacobian[0].T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian[0]
+        for which in (0, 1):
+            matrices[which] += weights[which, i] * block
+    q = d.gradients[0]
+    v = d.flat(made.vectors[0])
+    expected = -torch.linalg.solve(matrices[0], q)
+    assert torch.linalg.norm(v - expected) <= 1e-9 * torch.linalg.norm(expected)
+    (solution,) = made.verdicts[0].values()
+    residual = float(torch.linalg.norm(q + matrices[1] @ v) / torch.linalg.norm(q))
+    assert solution.second_residual == pytest.approx(residual, rel=1e-8)
+    assert residual > 0.01
+
+
+def test_verdicts_and_settings_tell_how_it_was_made() -> None:
+    c = case("mlp", "three stages")
+    made = query_vectors(
+        c.chain, [Query.loss(c.asked[0]), Query.loss(c.asked[1])], curvature=["fisher", "ggn", "ggn"],
+        damping=[Relative(0.1), 0.2, 0.3], sample=4, seed=5,
+    )  # fmt: skip
+    assert len(made) == 2 and made.stage is c.chain.stages[0]
+    assert [list(v) for v in made.verdicts] == [[s.name for s in reversed(c.chain.stages)]] * 2
+    assert [s.damping for s in made.verdicts[0].values()][:2] == [0.3, 0.2]
+    assert made.settings["transfer"] == [{"proximity": 0.2}, {"proximity": pytest.approx(0.3)}]
+    assert [s["curvature"] for s in made.settings["steps"]] == ["fisher", "ggn", "ggn"]
+    assert [s["damping"] for s in made.settings["steps"]] == [{"relative": 0.1}, 0.2, 0.3]
+    assert made.settings["sign"] == "positive = harmful"
+    json.dumps(made.settings)
+    assert made.converged
+
+
+def test_what_did_not_converge_raises_unless_allowed() -> None:
+    c = case("lstm tagger", "frozen")
+    queries, short = [Query.mean_loss(list(c.asked))], CG(tolerance=1e-12, max_iterations=2)
+    with pytest.raises(NotConverged, match="stage 'last frozen 0': not converged"):
+        query_vectors(c.chain, queries, damping=1e-3, solver=short)
+    made = query_vectors(c.chain, queries, damping=1e-3, solver=short, allow_unconverged=True)
+    assert not made.converged
+    assert all(step["allow_unconverged"] for step in made.settings["steps"])
+    with pytest.raises(NotConverged, match="negative curvature"):
+        query_vectors(
+            case("mlp", "frozen").chain, [Query.loss(case("mlp", "frozen").asked[0])], curvature="hessian", damping=0.0
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"damping": -0.1}, "damping is -0.1; it must not be negative"),
+        ({"sample": 99}, "99 rows, but the corpus has 7"),
+        ({"sample": 0}, "0 rows"),
+        ({"curvature": "kfac"}, "'kfac'"),
+        ({"curvature": ["ggn"]}, "1 settings for 2 stages"),
+        ({"queries": []}, "no query"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    c = case("mlp", "frozen")
+    with pytest.raises(BadInput, match=message) as e:
+        query_vectors(c.chain, settings.pop("queries", [Query.loss(c.asked[0])]), **settings)
+    assert "\n" not in str(e.value)
+    with pytest.raises(BadInput, match="relative damping is -1"):
+        Relative(-1.0)
