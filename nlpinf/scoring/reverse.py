@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 from nlpinf import parameters as P
 from nlpinf.parameters import Parameters
 from nlpinf.scoring.forward import BatchScores, forward_scores
-from nlpinf.scoring.layers import Groups, Rule, rule_of
+from nlpinf.scoring.head import CHUNK, Head, linear_head
+from nlpinf.scoring.layers import Groups, Rule, linear, rule_of
 from nlpinf.stages import Stage, evaluation
 from nlpinf.tasks import Batch
 
@@ -50,7 +52,9 @@ class ReverseScorer:
         self._calls = {module: names for module, names in _owned(stage.model).items() if rule_of(module) is not None}
         known = {name for names in self._calls.values() for name in names.values()}
         self.covered = [name for name in self._stacked if name in known]
-        for batch in _probes(stage):
+        probes = list(_probes(stage))
+        self._head = linear_head(stage, probes[0])
+        for batch in probes:
             self._probe(batch)
 
     @property
@@ -73,7 +77,8 @@ class ReverseScorer:
         """Return g(z) (B,) and every covered parameter's share of the scores, (B, Q) by name, in float64."""
         while True:
             try:
-                return reverse_pass(self.stage, self._calls, {n: vectors[n] for n in self.covered}, batch)
+                chosen = {n: vectors[n] for n in self.covered}
+                return reverse_pass(self.stage, self._calls, chosen, batch, self._head)
             except _Uncovered as found:
                 self.covered = [n for n in self.covered if n not in found.names]
 
@@ -98,23 +103,50 @@ def reverse_scores(stage: Stage, vectors: list[Parameters], batch: Batch) -> Bat
 
 
 def reverse_pass(
-    stage: Stage, calls: dict[nn.Module, dict[str, str]], vectors: Parameters, batch: Batch
+    stage: Stage, calls: dict[nn.Module, dict[str, str]], vectors: Parameters, batch: Batch, head: Head | None = None
 ) -> tuple[Tensor, Parameters]:
     """Return g(z) (B,) and the shares of the parameters in `vectors`, each (Q, ...), by name: (B, Q) in float64."""
-    watch = _Watch(stage, calls, vectors, batch)
+    inside = {module: names for module, names in calls.items() if head is None or module is not head.module}
+    watch = _Watch(stage, inside, vectors, batch)
+    weights = stage.item_weights(batch)
     with evaluation(stage.model), torch.enable_grad():
         with watch.installed():
-            outputs = stage.outputs(batch, watch.leaves)
-        weights = stage.item_weights(batch)
+            run = partial(stage.outputs, batch, watch.leaves)
+            end = run() if head is None else head.hidden(run)
         with torch.no_grad():
-            cotangent = weights[:, None] * stage.task.loss.gradient(outputs.detach(), batch.targets)
-            losses = batch.sum_by_example(stage.task.losses(outputs.detach(), batch).double() * weights)
-        if outputs.requires_grad:
-            torch.autograd.backward(outputs, cotangent)
+            if head is None:
+                losses = stage.task.losses(end.detach(), batch)
+                cotangent = weights[:, None] * stage.task.loss.gradient(end.detach(), batch.targets)
+            else:
+                losses, cotangent = _through(head, stage, end.detach(), weights, batch, watch)
+        if end.requires_grad:
+            torch.autograd.backward(end, cotangent)
     outside = {name for name, leaf in watch.leaves.items() if leaf.grad is not None}
     if outside | watch.odd:
         raise _Uncovered(outside | watch.odd)
-    return losses, watch.shares
+    return batch.sum_by_example(losses.double() * weights), watch.shares
+
+
+def _through(
+    head: Head, stage: Stage, x: Tensor, weights: Tensor, batch: Batch, watch: _Watch
+) -> tuple[Tensor, Tensor]:
+    """Return ℓ (I,) and the cotangent of the hidden states x, (I, d), and add the output layer's shares, in chunks."""
+    losses, cotangent = x.new_empty(len(x)), torch.empty_like(x)
+    names = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+    names = {local: name for local, name in names.items() if name in watch.vectors}
+    # Many queries read their vectors once a chunk, so their chunks are larger.
+    many = len(next(iter(watch.vectors.values()), x[:0])) > 1
+    for part in head.parts(x, 4 * CHUNK if many else CHUNK):
+        losses[part], delta, cotangent[part] = head.cotangents(
+            stage.task.loss, stage.parameters, batch.targets, weights, x, part
+        )
+        examples, owner = torch.unique(batch.example[part], return_inverse=True)
+        groups = Groups(owner, len(examples))
+        vectors = {local: watch.vectors[name] for local, name in names.items()}
+        for local, share in linear(head.module, (x[part],), delta, vectors, groups).items():
+            whole = share.new_zeros(len(batch), share.shape[1], dtype=torch.float64)
+            watch.count(names[local], whole.index_add_(0, examples, share.double()))
+    return losses, cotangent
 
 
 class _Watch:
@@ -206,8 +238,11 @@ class _Watch:
                 self.odd.update(names.values())
                 return
         for local, share in found.items():
-            name, share = names[local], share.double()
-            self.shares[name] = self.shares[name] + share if name in self.shares else share
+            self.count(names[local], share.double())
+
+    def count(self, name: str, share: Tensor) -> None:
+        """Add a use of a parameter to its share."""
+        self.shares[name] = self.shares[name] + share if name in self.shares else share
 
 
 def _owned(model: nn.Module) -> dict[nn.Module, dict[str, str]]:

@@ -1,0 +1,46 @@
+"""ELMo: a bidirectional language model that opens bilm-tf's and AllenNLP's files, and trains its own."""
+
+from nlpinf.adapters.elmo.characters import CharacterBatch, character_batch, word_characters
+from nlpinf.adapters.elmo.config import ElmoConfig
+from nlpinf.adapters.elmo.files import (
+    read_encoder,
+    read_language_model,
+    read_options,
+    read_softmax,
+    write_encoder,
+    write_softmax,
+)
+from nlpinf.adapters.elmo.language_model import BidirectionalLM, Items
+from nlpinf.adapters.elmo.network import ElmoEncoder
+from nlpinf.adapters.elmo.softmax import (
+    DEFAULT_NEGATIVES,
+    Negatives,
+    draw_negatives,
+    full_softmax_losses,
+    sampled_softmax_logits,
+    sampled_softmax_losses,
+)
+from nlpinf.adapters.elmo.vocabulary import Vocabulary
+
+__all__ = [
+    "DEFAULT_NEGATIVES",
+    "BidirectionalLM",
+    "CharacterBatch",
+    "ElmoConfig",
+    "ElmoEncoder",
+    "Items",
+    "Negatives",
+    "Vocabulary",
+    "character_batch",
+    "draw_negatives",
+    "full_softmax_losses",
+    "read_encoder",
+    "read_language_model",
+    "read_options",
+    "read_softmax",
+    "sampled_softmax_logits",
+    "sampled_softmax_losses",
+    "word_characters",
+    "write_encoder",
+    "write_softmax",
+]

@@ -1,0 +1,125 @@
+"""The bidirectional language model: an ELMo encoder, one softmax for both directions, and its run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nlpinf.adapters.elmo.config import ElmoConfig
+from nlpinf.adapters.elmo.network import ElmoEncoder, Packing, check_batch
+from nlpinf.adapters.elmo.softmax import full_softmax_losses
+from nlpinf.errors import BadInput
+
+FORMAT = "nlpinf-elmo"
+
+
+class Items(NamedTuple):
+    """The predicted positions of a batch, sentence by sentence: the forward direction's, then the backward one's."""
+
+    hidden: Tensor  # (items, projection)
+    targets: Tensor  # (items,) word ids
+    sentences: Tensor  # (items,) row in the batch
+    directions: Tensor  # (items,) 0 forward, 1 backward
+    positions: Tensor  # (items,) the predicted token, counting <S> as 0
+
+
+class BidirectionalLM(nn.Module):
+    """ELMo's pretraining model: an encoder, and one softmax over words that both directions share.
+
+    The loss of a sentence of n words is ½ (mean forward + mean backward) cross-entropy; each direction predicts n + 1
+    tokens (</S> or <S> among them), so it is the mean over its items.
+    """
+
+    def __init__(self, config: ElmoConfig, vocabulary_size: int) -> None:
+        super().__init__()
+        self.config, self.vocabulary_size = config, vocabulary_size
+        self.encoder = ElmoEncoder(config)
+        self.head = nn.Linear(config.projection_dim, vocabulary_size)
+        nn.init.normal_(self.head.weight, std=1.0 / math.sqrt(config.projection_dim))
+        nn.init.zeros_(self.head.bias)
+
+    def items(self, distinct: Tensor, index: Tensor, lengths: Tensor, words: Tensor) -> Items:
+        """The top layer's state before each predicted token; `words` (B, T) are word ids, boundaries included.
+
+        The forward direction predicts tokens 1 to L - 1 of a sentence from those before, the backward direction
+        tokens 0 to L - 2 from those after.
+        """
+        check_batch(index, lengths)
+        width = index.shape[1]
+        packing = Packing.of(lengths, width, last=False)
+        outputs, _ = self.encoder.run(self.encoder.characters(distinct), index, packing)
+        target = packing.tokens + packing.tokens.new_tensor([[1], [-1]])  # flat (B, T) position of what is predicted
+        sentence = target // width
+        direction = torch.arange(2, device=index.device)[:, None].expand_as(target)
+        key = (sentence * 2 + direction) * width + target % width
+        order = torch.argsort(key.flatten())
+        hidden = outputs[-1].flatten(0, 1).index_select(0, order)
+        if self.training and self.config.dropout:
+            hidden = F.dropout(hidden, self.config.dropout)
+        target = target.flatten()[order]
+        return Items(hidden, words.flatten()[target], target // width, direction.flatten()[order], target % width)
+
+    def forward(self, distinct: Tensor, index: Tensor, lengths: Tensor, words: Tensor) -> Tensor:
+        """The loss of each sentence (B,), by the full softmax."""
+        items = self.items(distinct, index, lengths, words)
+        losses = full_softmax_losses(items.hidden, items.targets, self.head.weight, self.head.bias)
+        sums = losses.new_zeros(len(lengths)).index_add(0, items.sentences, losses)
+        return sums / (2 * (lengths - 1))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, each under another name first."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config: dict[str, Any] = {
+            "model_type": FORMAT,
+            "architectures": [type(self).__name__],
+            "vocabulary_size": self.vocabulary_size,
+            "encoder": asdict(self.config),
+        }
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
+        (folder / "model.safetensors.part").replace(folder / "model.safetensors")
+        (folder / "config.json.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / "config.json.part").replace(folder / "config.json")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> BidirectionalLM:
+        """Read what `save_pretrained` wrote; the model comes in evaluation mode, in the dtype of its weights."""
+        path, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+        for file in (path, weights):
+            if not file.is_file():
+                raise BadInput(f"{file}: no such file; expected a folder written by save_pretrained")
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if config.get("model_type") != FORMAT:
+                raise BadInput(f"{path}: model_type is {config.get('model_type')!r}, expected {FORMAT!r}")
+            sizes, vocabulary_size = ElmoConfig(**config["encoder"]), int(config["vocabulary_size"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, BadInput):
+                raise
+            raise BadInput(f"{path}: not a configuration of this model ({error}); save the model again") from None
+        try:
+            tensors = load_file(weights)
+        except SafetensorError as error:
+            raise BadInput(f"{weights}: damaged or truncated ({error}); save or copy it again") from None
+        with torch.device("meta"):
+            model = cls(sizes, vocabulary_size)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for name in sorted({*expected, *found}):
+            if expected.get(name) != found.get(name):
+                raise BadInput(
+                    f"{weights}: {name} has shape {found.get(name)}, expected {expected.get(name)} by {path.name}; "
+                    "use the two files of one model"
+                )
+        model.load_state_dict(tensors, assign=True)
+        return model.requires_grad_(True).eval()

@@ -1,0 +1,294 @@
+"""Run folders: what `save_pretrained` leaves, plus nlpinf_stage.json, and back into a Stage or a Chain of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from nlpinf.data import shipped
+from nlpinf.data.corpus import Corpus, read_labelled
+from nlpinf.errors import BadInput
+from nlpinf.parameters import tied_groups
+from nlpinf.stages import Chain, Proximity, Stage
+from nlpinf.tasks import CausalLM, MaskedLM, SequenceClassification, Task
+
+RECORD = "nlpinf_stage.json"
+FORMAT = 1
+
+AUTO_MODELS = {
+    "masked_lm": AutoModelForMaskedLM,
+    "causal_lm": AutoModelForCausalLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+}
+_TASKS: dict[str, type] = {"masked_lm": MaskedLM, "causal_lm": CausalLM, "sequence_classification": SequenceClassification}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of nlpinf and the libraries that its numbers depend on."""
+    return {name: version(name) for name in ("nlpinf", "torch", "transformers", "tokenizers")}
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers' loading bars and notices off the terminal; errors still show."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def build_task(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Task:
+    """Return the task that `Task.settings()` described."""
+    options = dict(settings)
+    name = options.pop("name", None)
+    if name not in _TASKS:
+        raise BadInput(f"task {name!r} is unknown; there are {', '.join(_TASKS)}")
+    return _TASKS[name](tokenizer, **options)
+
+
+def new_model(task: str, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> nn.Module:
+    """Return a randomly initialised model for `task` from a Hugging Face config: `type` and its own fields.
+
+    Vocabulary size, special ids and room for `max_length` positions are taken from the tokenizer and the task. Dropout
+    is 0 unless the config sets it, so that the loss that is minimised is a function of the example.
+    """
+    fields = dict(config)
+    kind = fields.pop("type", None)
+    if kind is None:
+        raise BadInput("the model config has no `type` (such as bert or gpt2)")
+    defaults: dict[str, Any] = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(tokenizer, name) is not None:
+            defaults[name] = getattr(tokenizer, name)
+    try:
+        known = AutoConfig.for_model(kind)
+    except ValueError as error:
+        raise BadInput(f"the model type {kind!r} is not one that transformers knows") from error
+    dropout = [n for n in known.to_dict() if n.endswith(("dropout", "dropout_prob", "pdrop")) and n != "classifier_dropout"]
+    defaults |= dict.fromkeys(dropout, 0.0)
+    for name in ("max_position_embeddings", "n_positions"):
+        if hasattr(known, name):
+            defaults[name] = max_length
+            break
+    if hasattr(known, "use_cache"):
+        defaults["use_cache"] = False
+    if unknown := [n for n in fields if not hasattr(known, n)]:
+        raise BadInput(f"a {kind} config has no field {unknown[0]!r}; see the transformers documentation of this model")
+    torch.manual_seed(seed)
+    with quiet_loading():
+        return AUTO_MODELS[task].from_config(AutoConfig.for_model(kind, **{**defaults, **fields}))
+
+
+def classifier_from(model: nn.Module, labels: int, seed: int) -> nn.Module:
+    """Return a sequence classifier of the same architecture with `model`'s encoder, in memory; its head is new."""
+    config = type(model.config).from_dict({**model.config.to_dict(), "num_labels": labels})  # type: ignore[union-attr, operator]
+    torch.manual_seed(seed)
+    with quiet_loading():
+        classifier = AutoModelForSequenceClassification.from_config(config)
+    theirs = dict(model.named_parameters())
+    mine = {n: p for n, p in classifier.named_parameters() if n in theirs and theirs[n].shape == p.shape}
+    if not mine:
+        raise BadInput(f"{type(classifier).__name__} shares no parameter with {type(model).__name__}")
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(theirs[name])
+    return classifier
+
+
+def shared_names(parent: nn.Module, child: nn.Module) -> list[str]:
+    """Return the names of the parameters that both models have."""
+    theirs = dict(parent.named_parameters())
+    return [n for n, _ in child.named_parameters() if n in theirs]
+
+
+def save_run(stage: Stage, folder: str | Path, **record: Any) -> Path:
+    """Write a run folder: weights, config, tokenizer and nlpinf_stage.json; return its path.
+
+    `record` adds to what the stage itself tells: parent, transfer, corpus location, training settings, seeds.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet_loading():
+        stage.model.save_pretrained(folder)  # type: ignore[operator]
+        stage.task.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+    data = {"rows": stage.size, "sha256": data_sha256(stage.data)}
+    content = {
+        "format": FORMAT,
+        "name": stage.name,
+        "task": stage.task.settings(),
+        "reduction": stage.reduction,
+        "weight_decay": stage.decay,
+        "trained": list(stage.trained or ()),
+        "tied": tied_groups(stage.model),
+        "items": stage.items,
+        "weights": weight_files(folder),
+        "versions": versions(),
+        **record,
+    }
+    content["data"] = {**data, **record.get("data", {})}
+    write_json(folder / RECORD, content)
+    return folder
+
+
+def data_sha256(data: Sequence[Any]) -> str:
+    """Return the sha256 of the examples: a corpus by its row texts, labelled rows by text and label."""
+    if isinstance(data, Corpus):
+        return data.sha256
+    digest = hashlib.sha256()
+    for example in data:
+        digest.update(json.dumps(example, ensure_ascii=False, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON under another name, then rename it, so that no half-written file has the name."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read JSON or say in one line what is wrong with the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; {path.parent} is not {what}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadInput(f"{path}: not valid JSON ({error}); make {what} again") from None
+
+
+def weight_files(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every safetensors file of a run folder, by file name."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise BadInput(f"{folder}: no .safetensors weights; save the model with save_pretrained(..., safe_serialization=True)")
+    return {path.name: file_sha256(path) for path in files}
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def stage_from_run(folder: str | Path, *, data: Any = None, **changes: Any) -> Stage:
+    """Open a run folder as a Stage. `data` replaces the recorded corpus (a path, a Corpus or rows); `changes` its settings."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such run folder")
+    record = read_json(folder / RECORD, "a run that nlpinf recorded")
+    _readable(folder)
+    recorded = record.get("weights", {})
+    for name, digest in weight_files(folder).items():
+        if recorded.get(name) not in (None, digest):
+            raise BadInput(f"{folder / name}: the weights changed since {RECORD} was written; record the run again")
+    try:
+        with quiet_loading():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AUTO_MODELS[record["task"]["name"]].from_pretrained(folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BadInput(f"{folder}: cannot be opened as a {record['task'].get('name')} model: {one_line(error)}") from error
+    embeddings = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.weight.shape[0]:
+        raise BadInput(f"{folder}: the tokenizer has {len(tokenizer)} words, the embedding {embeddings.weight.shape[0]}; they are of different runs")
+    task = build_task({**record["task"], **changes.pop("task", {})}, tokenizer)
+    settings: dict[str, Any] = {
+        "weight_decay": record["weight_decay"],
+        "reduction": record["reduction"],
+        "trained": record["trained"],
+        "name": record.get("name", folder.name),
+    }
+    examples = _data(folder, record, data, task)
+    kept = {**record, "run": str(folder)}
+    if data is not None:
+        kept.pop("items", None)  # T is that of the recorded corpus
+    return Stage(model, task, examples, **{**settings, "record": kept, **changes})
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message without line breaks, cut to a readable length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _readable(folder: Path) -> None:
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{path}: truncated or not a safetensors file ({one_line(error)}); copy or save it again") from None
+
+
+def _data(folder: Path, record: dict[str, Any], data: Any, task: Task) -> Any:
+    if data is not None and not isinstance(data, str | Path):
+        return data
+    where = data if data is not None else record.get("data", {}).get("path")
+    if where is None:
+        raise BadInput(f"{folder / RECORD}: no data location is recorded; give the run's data (--corpus, or data=...)")
+    path = shipped.resolve(where)
+    if not path.is_absolute() and not path.exists() and (folder / path).exists():
+        path = folder / path
+    labelled = isinstance(task, SequenceClassification)
+    examples: Any = read_labelled(path, task.labels) if labelled else Corpus.read(path, **record.get("data", {}).get("reading", {}))
+    if data is None and (expected := record["data"].get("sha256")) != data_sha256(examples):
+        raise BadInput(f"{path}: the texts are not those of the run (sha256 of the rows differs from {str(expected)[:12]}…); restore the file or give another with data")
+    return examples
+
+
+def chain_from_runs(folders: Sequence[str | Path], **changes: Any) -> Chain:
+    """Open runs, the pretraining first, as a Chain; the transfer of each is as it was recorded."""
+    stages = [stage_from_run(folder, **changes) for folder in folders]
+    transfers = []
+    for folder, stage in zip(folders[1:], stages[1:]):
+        how = stage.record.get("transfer")
+        if how is None:
+            raise BadInput(f"{Path(folder) / RECORD}: no transfer is recorded; say how the encoder was passed on (frozen or proximity)")
+        transfers.append("frozen" if how == "frozen" else Proximity(float(how["proximity"])))
+    for parent, folder, stage in zip(stages, folders[1:], stages[1:]):
+        _same_tokenizer(parent, stage, Path(folder))
+        expected = stage.record.get("parent", {}).get("weights")
+        if expected is not None and expected != parent.record.get("weights"):
+            raise BadInput(f"{folder}: was finetuned from other weights than those in {parent.record['run']} (sha256 differs); give the run that it descends from")
+    return Chain(stages, transfer=transfers)
+
+
+def _same_tokenizer(parent: Stage, stage: Stage, folder: Path) -> None:
+    one, two = (getattr(s.task, "tokenizer", None) for s in (parent, stage))
+    if one is None or two is None:
+        return
+    ours, theirs = two.get_vocab(), one.get_vocab()
+    if ours != theirs:
+        odd = next((w for w in theirs if ours.get(w) != theirs[w]), next(iter(ours.keys() - theirs.keys()), "?"))
+        raise BadInput(f"{folder}: its tokenizer is not that of the pretraining run (first difference: {odd!r}); a finetuned run shares its parent's words")
