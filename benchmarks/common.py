@@ -40,7 +40,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def texts(file: Path | None, count: int) -> list[str]:
-    """Return the first `count` sentences of the file, or sentences of made-up words with natural lengths and frequencies."""
+    """Return the first `count` sentences of the file, or ones of made-up words with natural lengths and frequencies."""
     if file is not None:
         return Corpus.read(file)[:count]
     draw = random.Random(0)
@@ -58,7 +58,8 @@ def tokenizer(sentences: Sequence[str]) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
-        sentences, trainers.BpeTrainer(vocab_size=WORDS, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        sentences,
+        trainers.BpeTrainer(vocab_size=WORDS, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     core.post_processor = processors.TemplateProcessing("<bos> $A <eos>", None, [("<bos>", 1), ("<eos>", 2)])
     return PreTrainedTokenizerFast(
@@ -83,7 +84,7 @@ def stage(kind: str, sentences: Sequence[str], words: PreTrainedTokenizerFast, *
 
 
 def interleaved(ways: dict[str, Callable[[Any], Any]], batches: Sequence[Any]) -> dict[str, list[float]]:
-    """Return the seconds of every way on every batch, one way after the other on the same batch; a first round is not kept.
+    """Return the seconds of every way on every batch, all ways in turn on each batch; a first round is not kept.
 
     Ratios are then of the same moments, so that other load on the machine falls on all ways alike.
     """

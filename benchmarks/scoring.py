@@ -1,7 +1,8 @@
 """How many bare forward passes an exact score costs: 4-layer, 256-wide GPT-2 and BERT, 8,000 words, every parameter.
 
-The bare pass is a no-grad forward pass with its loss, as most people write it, over the same length-sorted batches in the
-same run. Ratios are medians over batches, each batch timed all ways in turn.
+The bare pass is a no-grad forward pass with its loss, as most people write it, over the same length-sorted batches in
+the same run. Ratios are medians over batches, each batch timed all ways in turn. "counted" is the bare pass with the
+output layer at the counted positions alone: the fairer base for a masked model.
 
     python benchmarks/scoring.py --queries 1 32 --json
 """
@@ -26,7 +27,7 @@ from nlpinf.tasks import Batch
 
 
 def bare(stage: Stage, batch: Batch) -> torch.Tensor:
-    """Forward pass and loss of every position, as most people write it: logits everywhere, the library's own attention."""
+    """Forward pass and loss as most people write them: logits at every place, the library's own attention."""
     labels = torch.full_like(batch.inputs["input_ids"], -100).flatten()
     labels[batch.position] = batch.targets
     with torch.no_grad():
@@ -35,7 +36,7 @@ def bare(stage: Stage, batch: Batch) -> torch.Tensor:
 
 
 def counted(stage: Stage, batch: Batch) -> torch.Tensor:
-    """Forward pass with the output layer at the counted positions alone: the fairer base of a masked model."""
+    """Forward pass and loss with the output layer at the counted positions alone."""
     with torch.no_grad():
         return stage.task.losses(stage.task.outputs(stage.model, batch), batch)
 
@@ -45,25 +46,28 @@ def main() -> None:
     options = common.parser(__doc__)
     options.add_argument("--models", nargs="+", default=["gpt2", "bert"], choices=["gpt2", "bert"])
     options.add_argument("--queries", nargs="+", type=int, default=[1], help="numbers of queries (default 1)")
-    options.add_argument("--batch-tokens", nargs="+", type=int, default=[2048], help="padded tokens of a batch, at most")
-    options.add_argument("--batches", type=int, default=24, help="time so many batches, evenly spaced (default 24)")
-    options.add_argument("--forward-up-to", type=int, default=4, help="time forward mode for at most so many queries")
+    options.add_argument("--batch-tokens", nargs="+", type=int, default=[4096], help="padded tokens of a batch")
+    options.add_argument("--batches", type=int, default=12, help="time so many batches, evenly spaced (default 12)")
+    options.add_argument("--forward-up-to", type=int, default=2, help="time forward mode up to so many queries")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     sentences = common.texts(arguments.corpus, arguments.sentences)
     words = common.tokenizer(sentences)
     results: list[dict[str, Any]] = []
-    lines = ["model  queries  tokens  way       ratio  (quartiles)    sentences/s"]
+    lines = ["model  queries  tokens  way       ratio  (quartiles)     sentences/s"]
     for kind in arguments.models:
         for tokens in arguments.batch_tokens:
-            stage = common.stage(kind, sentences, words, batch_tokens=tokens, batch_size=1024)
+            stage = common.stage(kind, sentences, words, batch_tokens=tokens, batch_size=1 << 20)
             stage.model.eval()
             every = list(stage.batches())
             step = max(1, len(every) // arguments.batches)
             batches = every[step // 2 :: step]
             vectors = [P.random_like(stage.theta, seed) for seed in range(max(arguments.queries))]
             for queries in arguments.queries:
-                ways: dict[str, Any] = {"bare": lambda b, s=stage: bare(s, b), "counted": lambda b, s=stage: counted(s, b)}
+                ways: dict[str, Any] = {
+                    "bare": lambda b, s=stage: bare(s, b),
+                    "counted": lambda b, s=stage: counted(s, b),
+                }
                 if queries <= arguments.forward_up_to:
                     ways["forward"] = ForwardScorer(stage, vectors[:queries])
                 ways["reverse"] = ReverseScorer(stage, vectors[:queries])
@@ -71,14 +75,21 @@ def main() -> None:
                 done = sum(len(batch) for batch in batches)
                 for way in ways:
                     found = common.ratio(seconds, way, "bare")
-                    rate = done / sum(seconds[way])
+                    rate = round(done / sum(seconds[way]), 1)
                     results.append(
-                        {"model": kind, "queries": queries, "batch_tokens": tokens, "way": way, "ratio": found,
-                         "ratio_to_counted": common.ratio(seconds, way, "counted"), "sentences_per_second": round(rate, 1)}
-                    )  # fmt: skip
+                        {
+                            "model": kind,
+                            "queries": queries,
+                            "batch_tokens": tokens,
+                            "way": way,
+                            "ratio": found,
+                            "ratio_to_counted": common.ratio(seconds, way, "counted"),
+                            "sentences_per_second": rate,
+                        }
+                    )
+                    spread = f"({found['low']:.2f} to {found['high']:.2f})"
                     lines.append(
-                        f"{kind:6} {queries:7} {tokens:7}  {way:8} {found['median']:6.2f}  ({found['low']:.2f} to {found['high']:.2f})"
-                        f"   {rate:8.0f}"
+                        f"{kind:6} {queries:7} {tokens:7}  {way:8} {found['median']:6.2f}  {spread}  {rate:8.0f}"
                     )
                     print(lines[-1], file=sys.stderr)
     settings = {"sentences": len(sentences), "corpus": arguments.corpus.name if arguments.corpus else "generated"}

@@ -1,0 +1,29 @@
+"""nlpinf: which sentences of a pretraining corpus help or harm a finetuned model."""
+
+from nlpinf.influence import ImplicitSolve, QueryVectors, Relative, query_vectors
+from nlpinf.queries import Query
+from nlpinf.scoring import Scorer, Scores, score
+from nlpinf.solvers import CG
+from nlpinf.stages import Chain, Proximity, Stage
+from nlpinf.tasks import CausalLM, Classification, MaskedLM, Regression, SequenceClassification
+
+__version__ = "0.1.0"
+__all__ = [
+    "CG",
+    "CausalLM",
+    "Chain",
+    "Classification",
+    "ImplicitSolve",
+    "MaskedLM",
+    "Proximity",
+    "Query",
+    "QueryVectors",
+    "Regression",
+    "Relative",
+    "Scorer",
+    "Scores",
+    "SequenceClassification",
+    "Stage",
+    "query_vectors",
+    "score",
+]

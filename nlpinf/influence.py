@@ -109,7 +109,9 @@ class ImplicitSolve:
                     )
                 damping = damping.factor * mean
             operator = Shifted(bare, link.shift, damping)
-            other = Shifted(Curvature(stage, self.curvature, second, self.seed), link.shift, damping) if second else None
+            other = (
+                Shifted(Curvature(stage, self.curvature, second, self.seed), link.shift, damping) if second else None
+            )
             self._operators[id(link)] = (link, operator, other)
         return self._operators[id(link)][1:]
 
@@ -189,7 +191,9 @@ def query_vectors(
     if steps is None:
         count = len(chain.links)
         if sample is not None and sample > chain.stages[0].size:
-            raise BadInput(f"the curvature sample is {sample} rows, but the corpus has {chain.stages[0].size}; give at most that")
+            raise BadInput(
+                f"the curvature sample is {sample} rows, but the corpus has {chain.stages[0].size}; give at most that"
+            )
         steps = [
             ImplicitSolve(kind, lam, solver or CG(), sample and min(sample, stage.size), seed, allow_unconverged)
             for kind, lam, stage in zip(
@@ -204,7 +208,9 @@ def query_vectors(
         vectors.append(v)
         verdicts.append(verdict)
     settings = {
-        "stages": [{"name": s.name, "reduction": s.reduction, "rows": s.size, "task": s.task.settings()} for s in chain.stages],
+        "stages": [
+            {"name": s.name, "reduction": s.reduction, "rows": s.size, "task": s.task.settings()} for s in chain.stages
+        ],
         "transfer": [_transfer(link) for link in chain.links[1:]],
         "steps": [step.settings() for step in steps],
         "sign": "positive = harmful",

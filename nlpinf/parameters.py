@@ -78,9 +78,7 @@ def finite(a: Parameters) -> bool:
 def random_like(a: Parameters, seed: int, draw: Callable[..., Tensor] = torch.randn) -> Parameters:
     """Return independent random entries (`torch.randn` or a function of its signature), the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: draw(tensor.shape, generator=generator, dtype=torch.float64).to(tensor) for name, tensor in a.items()
-    }
+    return {name: draw(tensor.shape, generator=generator, dtype=torch.float64).to(tensor) for name, tensor in a.items()}
 
 
 def rademacher(shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:

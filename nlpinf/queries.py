@@ -70,7 +70,9 @@ class Query:
                 )
                 total = {n: total[n] + g for n, g in zip(names, gradients)}
         if not P.finite(total):
-            raise BadInput(f"the gradient of query {self.name!r} is not finite; check the example and the model's weights")
+            raise BadInput(
+                f"the gradient of query {self.name!r} is not finite; check the example and the model's weights"
+            )
         return total
 
     def _batches(self, stage: Stage) -> list[Batch]:
@@ -79,7 +81,9 @@ class Query:
         size = len(encoded) if self.kind == "function" else stage.batch_size
         # Row numbers of queries start where the corpus ends, so that their masks are their own.
         return [
-            stage.on_device(task.collate(encoded[i : i + size], [stage.size + j for j in range(i, min(i + size, len(encoded)))]))
+            stage.on_device(
+                task.collate(encoded[i : i + size], [stage.size + j for j in range(i, min(i + size, len(encoded)))])
+            )
             for i in range(0, len(encoded), size)
         ]
 

@@ -85,18 +85,26 @@ class Stage:
             raise BadInput(f"stage {self.name!r}: reduction {self.reduction!r} is neither 'example' nor 'token'")
         trained = [n for n, p in names.items() if p.requires_grad] if self.trained is None else list(self.trained)
         if unknown := [n for n in trained if n not in names]:
-            raise BadInput(f"stage {self.name!r}: the model has no parameter {unknown[0]!r} (tied weights go by their first name)")
+            raise BadInput(
+                f"stage {self.name!r}: the model has no parameter {unknown[0]!r} (tied weights go by their first name)"
+            )
         if not trained:
             raise BadInput(f"stage {self.name!r} trained no parameter; name them in `trained` or set requires_grad")
         object.__setattr__(self, "trained", tuple(trained))
         decay = self.weight_decay
-        decay = {n: float(decay) for n in trained} if isinstance(decay, int | float) else {n: float(decay.get(n, 0.0)) for n in trained}
+        decay = (
+            {n: float(decay) for n in trained}
+            if isinstance(decay, int | float)
+            else {n: float(decay.get(n, 0.0)) for n in trained}
+        )
         if any(value < 0 for value in decay.values()):
             raise BadInput(f"stage {self.name!r}: weight decay must not be negative")
         object.__setattr__(self, "weight_decay", decay)
         for name, tensor in self.parameters.items():
             if not bool(torch.isfinite(tensor).all()):
-                raise BadInput(f"stage {self.name!r}: parameter {name!r} has NaN or infinite entries; use a checkpoint from before")
+                raise BadInput(
+                    f"stage {self.name!r}: parameter {name!r} has NaN or infinite entries; use a checkpoint from before"
+                )
 
     @classmethod
     def from_run(cls, folder: Any, **changes: Any) -> Stage:
@@ -242,7 +250,9 @@ class Proximity:
 
     def __post_init__(self) -> None:
         if not self.alpha > 0:
-            raise BadInput(f"the proximity α is {self.alpha}; it must be greater than 0 (use transfer='frozen' if W was kept)")
+            raise BadInput(
+                f"the proximity α is {self.alpha}; it must be greater than 0 (use transfer='frozen' if W was kept)"
+            )
 
 
 Transfer = Literal["frozen"] | Proximity
@@ -296,7 +306,7 @@ class Chain:
         if not stages:
             raise BadInput("a chain needs at least one stage")
         steps = len(stages) - 1
-        transfers = list(transfer) if isinstance(transfer, list | tuple) else [transfer] * steps
+        transfers: list[Any] = list(transfer) if isinstance(transfer, list | tuple) else [transfer] * steps
         maps = list(shared) if shared is not None else [None] * steps
         if len(transfers) != steps or len(maps) != steps:
             raise BadInput(f"a chain of {len(stages)} stages has {steps} steps; give one transfer (and map) for each")
@@ -317,24 +327,34 @@ def _link(parent: Stage, stage: Stage, transfer: Transfer, names: Mapping[str, s
     received = dict(names) if names is not None else {n: n for n in ours if n in theirs}
     where = f"stage {stage.name!r} does not descend from {parent.name!r}"
     if not received:
-        raise BadInput(f"{where}: they share no parameter name (the first are {next(iter(ours))!r} and {next(iter(theirs))!r})")
+        raise BadInput(
+            f"{where}: they share no parameter name (the first are {next(iter(ours))!r} and {next(iter(theirs))!r})"
+        )
     for mine, other in received.items():
         if mine not in ours or other not in theirs:
             raise BadInput(f"{where}: no parameter {mine if mine not in ours else other!r}")
         if ours[mine].shape != theirs[other].shape:
-            raise BadInput(f"{where}: {mine!r} has shape {tuple(ours[mine].shape)}, its parent's {tuple(theirs[other].shape)}")
+            raise BadInput(
+                f"{where}: {mine!r} has shape {tuple(ours[mine].shape)}, its parent's {tuple(theirs[other].shape)}"
+            )
     link = Link(stage, received, transfer)
     if transfer == "frozen":
         if link.moved:
-            raise BadInput(f"transfer is 'frozen', but stage {stage.name!r} trained {link.moved[0]!r}; give Proximity(α) or leave it out of `trained`")
+            raise BadInput(
+                f"transfer is 'frozen', but stage {stage.name!r} trained {link.moved[0]!r}; give Proximity(α) or leave it out of `trained`"
+            )
     elif not link.moved:
-        raise BadInput(f"transfer is Proximity, but stage {stage.name!r} trained nothing that it received; use 'frozen'")
+        raise BadInput(
+            f"transfer is Proximity, but stage {stage.name!r} trained nothing that it received; use 'frozen'"
+        )
     for mine in link.kept:
         if not torch.equal(ours[mine], theirs[received[mine]]):
             raise BadInput(f"{where}: {mine!r} was not trained, yet its values differ from its parent's")
     storages = {theirs[other].data_ptr() for other in received.values()}
     if any(ours[mine].data_ptr() in storages for mine in link.moved):
-        raise BadInput(f"stages {parent.name!r} and {stage.name!r} hold the same tensors; give each stage a model of its own (copy.deepcopy)")
+        raise BadInput(
+            f"stages {parent.name!r} and {stage.name!r} hold the same tensors; give each stage a model of its own (copy.deepcopy)"
+        )
     return link
 
 

@@ -61,7 +61,13 @@ class Schedule:
     drop_last = False
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, epochs: int, seed: int, masks: int = 1, exclude: Collection[int] = ()
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        masks: int = 1,
+        exclude: Collection[int] = (),
     ) -> None:
         self.lengths, self.batch_size, self.epochs, self.seed, self.masks = lengths, batch_size, epochs, seed, masks
         self.exclude = frozenset(exclude)
@@ -90,7 +96,9 @@ class Schedule:
 
 
 class _StageTrainer(Trainer):
-    def __init__(self, stage: Stage, schedule: Schedule, examples: _Examples, anchor: Anchor | None, **kwargs: Any) -> None:
+    def __init__(
+        self, stage: Stage, schedule: Schedule, examples: _Examples, anchor: Anchor | None, **kwargs: Any
+    ) -> None:
         self.stage, self.schedule, self.examples, self.anchor = stage, schedule, examples, anchor
         super().__init__(model=stage.model, **kwargs)
 
@@ -105,7 +113,9 @@ class _StageTrainer(Trainer):
             return {"batch": task.collate(encoded, rows, masks=[masks[0]])}
         return {"batch": task.collate(encoded, rows)}
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         batch = inputs["batch"].cast(self.stage.dtype)
         task = self.stage.task
         losses = task.losses(task.outputs(model, batch), batch) * self.stage.item_weights(batch)
@@ -184,9 +194,7 @@ def train(
             use_cpu=stage.device.type == "cpu",
             dataloader_pin_memory=False,
         )
-        trainer = _StageTrainer(
-            stage, schedule, examples, anchor, args=arguments, optimizers=(optimizer, scheduler)
-        )
+        trainer = _StageTrainer(stage, schedule, examples, anchor, args=arguments, optimizers=(optimizer, scheduler))
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback", "NotebookProgressCallback"):
                 trainer.remove_callback(callback)

@@ -28,7 +28,7 @@ from nlpinf.data import shipped
 from nlpinf.data.corpus import Corpus, read_labelled
 from nlpinf.errors import BadInput
 from nlpinf.parameters import tied_groups
-from nlpinf.stages import Chain, Proximity, Stage
+from nlpinf.stages import Chain, Proximity, Stage, Transfer
 from nlpinf.tasks import CausalLM, MaskedLM, SequenceClassification, Task
 
 RECORD = "nlpinf_stage.json"
@@ -39,7 +39,11 @@ AUTO_MODELS = {
     "causal_lm": AutoModelForCausalLM,
     "sequence_classification": AutoModelForSequenceClassification,
 }
-_TASKS: dict[str, type] = {"masked_lm": MaskedLM, "causal_lm": CausalLM, "sequence_classification": SequenceClassification}
+_TASKS: dict[str, type] = {
+    "masked_lm": MaskedLM,
+    "causal_lm": CausalLM,
+    "sequence_classification": SequenceClassification,
+}
 
 
 def versions() -> dict[str, str]:
@@ -70,7 +74,9 @@ def build_task(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     return _TASKS[name](tokenizer, **options)
 
 
-def new_model(task: str, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> nn.Module:
+def new_model(
+    task: str, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
+) -> nn.Module:
     """Return a randomly initialised model for `task` from a Hugging Face config: `type` and its own fields.
 
     Vocabulary size, special ids and room for `max_length` positions are taken from the tokenizer and the task. Dropout
@@ -88,7 +94,9 @@ def new_model(task: str, config: dict[str, Any], tokenizer: PreTrainedTokenizerB
         known = AutoConfig.for_model(kind)
     except ValueError as error:
         raise BadInput(f"the model type {kind!r} is not one that transformers knows") from error
-    dropout = [n for n in known.to_dict() if n.endswith(("dropout", "dropout_prob", "pdrop")) and n != "classifier_dropout"]
+    dropout = [
+        n for n in known.to_dict() if n.endswith(("dropout", "dropout_prob", "pdrop")) and n != "classifier_dropout"
+    ]
     defaults |= dict.fromkeys(dropout, 0.0)
     for name in ("max_position_embeddings", "n_positions"):
         if hasattr(known, name):
@@ -185,7 +193,9 @@ def weight_files(folder: Path) -> dict[str, str]:
     """Return the sha256 of every safetensors file of a run folder, by file name."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise BadInput(f"{folder}: no .safetensors weights; save the model with save_pretrained(..., safe_serialization=True)")
+        raise BadInput(
+            f"{folder}: no .safetensors weights; save the model with save_pretrained(..., safe_serialization=True)"
+        )
     return {path.name: file_sha256(path) for path in files}
 
 
@@ -218,10 +228,14 @@ def stage_from_run(folder: str | Path, *, data: Any = None, **changes: Any) -> S
             tokenizer = AutoTokenizer.from_pretrained(folder)
             model = AUTO_MODELS[record["task"]["name"]].from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise BadInput(f"{folder}: cannot be opened as a {record['task'].get('name')} model: {one_line(error)}") from error
+        raise BadInput(
+            f"{folder}: cannot be opened as a {record['task'].get('name')} model: {one_line(error)}"
+        ) from error
     embeddings = model.get_input_embeddings()
     if len(tokenizer) > embeddings.weight.shape[0]:
-        raise BadInput(f"{folder}: the tokenizer has {len(tokenizer)} words, the embedding {embeddings.weight.shape[0]}; they are of different runs")
+        raise BadInput(
+            f"{folder}: the tokenizer has {len(tokenizer)} words, the embedding {embeddings.weight.shape[0]}; they are of different runs"
+        )
     task = build_task({**record["task"], **changes.pop("task", {})}, tokenizer)
     settings: dict[str, Any] = {
         "weight_decay": record["weight_decay"],
@@ -248,7 +262,9 @@ def _readable(folder: Path) -> None:
             with safe_open(path, "pt") as file:
                 file.keys()
         except (SafetensorError, OSError) as error:
-            raise BadInput(f"{path}: truncated or not a safetensors file ({one_line(error)}); copy or save it again") from None
+            raise BadInput(
+                f"{path}: truncated or not a safetensors file ({one_line(error)}); copy or save it again"
+            ) from None
 
 
 def _data(folder: Path, record: dict[str, Any], data: Any, task: Task) -> Any:
@@ -260,27 +276,36 @@ def _data(folder: Path, record: dict[str, Any], data: Any, task: Task) -> Any:
     path = shipped.resolve(where)
     if not path.is_absolute() and not path.exists() and (folder / path).exists():
         path = folder / path
-    labelled = isinstance(task, SequenceClassification)
-    examples: Any = read_labelled(path, task.labels) if labelled else Corpus.read(path, **record.get("data", {}).get("reading", {}))
+    examples: Any
+    if isinstance(task, SequenceClassification):
+        examples = read_labelled(path, task.labels)
+    else:
+        examples = Corpus.read(path, **record.get("data", {}).get("reading", {}))
     if data is None and (expected := record["data"].get("sha256")) != data_sha256(examples):
-        raise BadInput(f"{path}: the texts are not those of the run (sha256 of the rows differs from {str(expected)[:12]}…); restore the file or give another with data")
+        raise BadInput(
+            f"{path}: the texts are not those of the run (sha256 of the rows differs from {str(expected)[:12]}…); restore the file or give another with data"
+        )
     return examples
 
 
 def chain_from_runs(folders: Sequence[str | Path], **changes: Any) -> Chain:
     """Open runs, the pretraining first, as a Chain; the transfer of each is as it was recorded."""
     stages = [stage_from_run(folder, **changes) for folder in folders]
-    transfers = []
+    transfers: list[Transfer] = []
     for folder, stage in zip(folders[1:], stages[1:]):
         how = stage.record.get("transfer")
         if how is None:
-            raise BadInput(f"{Path(folder) / RECORD}: no transfer is recorded; say how the encoder was passed on (frozen or proximity)")
+            raise BadInput(
+                f"{Path(folder) / RECORD}: no transfer is recorded; say how the encoder was passed on (frozen or proximity)"
+            )
         transfers.append("frozen" if how == "frozen" else Proximity(float(how["proximity"])))
     for parent, folder, stage in zip(stages, folders[1:], stages[1:]):
         _same_tokenizer(parent, stage, Path(folder))
         expected = stage.record.get("parent", {}).get("weights")
         if expected is not None and expected != parent.record.get("weights"):
-            raise BadInput(f"{folder}: was finetuned from other weights than those in {parent.record['run']} (sha256 differs); give the run that it descends from")
+            raise BadInput(
+                f"{folder}: was finetuned from other weights than those in {parent.record['run']} (sha256 differs); give the run that it descends from"
+            )
     return Chain(stages, transfer=transfers)
 
 
@@ -291,4 +316,6 @@ def _same_tokenizer(parent: Stage, stage: Stage, folder: Path) -> None:
     ours, theirs = two.get_vocab(), one.get_vocab()
     if ours != theirs:
         odd = next((w for w in theirs if ours.get(w) != theirs[w]), next(iter(ours.keys() - theirs.keys()), "?"))
-        raise BadInput(f"{folder}: its tokenizer is not that of the pretraining run (first difference: {odd!r}); a finetuned run shares its parent's words")
+        raise BadInput(
+            f"{folder}: its tokenizer is not that of the pretraining run (first difference: {odd!r}); a finetuned run shares its parent's words"
+        )

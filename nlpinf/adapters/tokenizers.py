@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerFast
 TokenizerKind = Literal["wordpiece", "bpe"]
 
 
-def train_tokenizer(kind: TokenizerKind, texts: Iterable[str], size: int, *, lowercase: bool = True) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    kind: TokenizerKind, texts: Iterable[str], size: int, *, lowercase: bool = True
+) -> PreTrainedTokenizerFast:
     """Return a BERT-style WordPiece or a GPT-2-style byte-level BPE tokenizer of at most `size` words.
 
     WordPiece puts [CLS] before and [SEP] behind a text; BPE has <bos>, <eos> and <pad> and adds none of them.

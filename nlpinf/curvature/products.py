@@ -131,6 +131,8 @@ def curvature_samples(size: int, sample: int | None, seed: int) -> tuple[list[in
     if sample is None or sample == size:
         return list(range(size)), []
     if not 0 < sample <= size:
-        raise BadInput(f"the curvature sample is {sample} rows, but the corpus has {size}; give a number from 1 to {size}")
+        raise BadInput(
+            f"the curvature sample is {sample} rows, but the corpus has {size}; give a number from 1 to {size}"
+        )
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(order[:sample]), sorted(order[sample : 2 * sample])

@@ -1,8 +1,8 @@
 """Corpora: texts with permanent row numbers, and labelled sets, read from files that are checked line by line.
 
-A row's number is its line number in the file, from 0, and stays with it when other rows are skipped or left out: scores,
-masks and reports are keyed by it. Lines end at "\\n" alone ("\\r\\n" counts as one end); U+2028, U+0085 and a bare "\\r"
-are characters like any other. A byte order mark at the start of a file is dropped.
+A row's number is its line number in the file, from 0, and stays with it when other rows are skipped or left out:
+scores, masks and reports are keyed by it. Lines end at "\\n" alone ("\\r\\n" counts as one end); U+2028, U+0085 and a
+bare "\\r" are characters like any other. A byte order mark at the start of a file is dropped.
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ class Corpus(Sequence[str]):
         if not len(self._texts):
             raise BadInput(f"{where}: there is no text in it; give at least one sentence")
         if self.rows.shape != (len(self._texts),):
-            raise BadInput(
-                f"{where}: {len(self._texts)} texts with {self.rows.numel()} row numbers; give one for each"
-            )
+            raise BadInput(f"{where}: {len(self._texts)} texts with {self.rows.numel()} row numbers; give one for each")
         if rows is not None and len(torch.unique(self.rows)) != len(self.rows):
             raise BadInput(f"{where}: a row number occurs twice; row numbers must be distinct")
         empty = _empty(self._texts)
@@ -66,10 +64,10 @@ class Corpus(Sequence[str]):
 
     @classmethod
     def read(cls, path: str | Path, *, empty: EmptyPolicy = "error") -> Corpus:
-        """Read a .txt file (one text a line) or a .jsonl file (objects with `text`), plain or compressed (.gz, .zst, .bz2).
+        """Read a .txt file (one text a line) or a .jsonl file (objects with `text`), plain or .gz, .zst or .bz2.
 
-        `path` may be `shipped:NAME`. A line of white space alone is empty: an error, or left out with `empty="skip"` and
-        counted in `skipped`, the other rows keeping their numbers. Raises `BadInput` with the file and line otherwise.
+        `path` may be `shipped:NAME`. A line of white space alone is empty: an error, or left out with `empty="skip"`
+        and counted in `skipped`, the other rows keeping their numbers. Raises `BadInput` with the file and line.
         """
         if empty not in ("error", "skip"):
             raise BadInput(f"empty={empty!r} is neither 'error' nor 'skip'")
@@ -121,7 +119,7 @@ class Corpus(Sequence[str]):
 
     @cached_property
     def sha256(self) -> str:
-        """The sha256 of the texts in order, UTF-8, each followed by "\\n": of the plain file, if it has no empty lines."""
+        """The sha256 of the texts in order, UTF-8, each followed by "\\n": that of the plain file, if none is empty."""
         digest = hashlib.sha256()
         for start in range(0, len(self), 1 << 16):
             digest.update("\n".join([*self[start : start + (1 << 16)], ""]).encode())
@@ -144,7 +142,7 @@ class Corpus(Sequence[str]):
 
 
 def read_labelled(path: str | Path, labels: int | None = None, *, training: bool = False) -> list[dict[str, Any]]:
-    """Read a .jsonl file (plain or compressed) of objects with `text` (a non-empty string) and `label` (0 to `labels` − 1).
+    """Read a .jsonl file (plain or compressed) of objects with `text`, not empty, and `label`, 0 to `labels` − 1.
 
     Other keys are ignored. `training` asks for at least two classes. Raises `BadInput` with the file and line.
     """
@@ -230,7 +228,7 @@ def _is_json(path: str | Path) -> bool:
 
 
 def _blocks(path: str | Path) -> Iterator[tuple[bytes, int]]:
-    """Yield the file's bytes in blocks of whole lines, valid UTF-8, "\\n" at every line's end, with the first line's number."""
+    """Yield blocks of whole lines, valid UTF-8 with "\\n" at every line's end, and the number of each one's first line."""
     number, rest, first = 1, b"", True
     for data in _stream(path):
         rest += data.removeprefix(b"\xef\xbb\xbf") if first else data
@@ -252,7 +250,7 @@ def _stream(path: str | Path) -> Iterator[bytes]:
         elif packed:
             file = pa.input_stream(str(resolve(path)), compression={".zst": "zstd", ".bz2": "bz2"}[packed])
         else:
-            file = open(resolve(path), "rb")  # noqa: SIM115 (closed below)
+            file = resolve(path).open("rb")
         with file:
             while data := file.read(_BLOCK):
                 yield data
@@ -288,7 +286,7 @@ def _lines(block: bytes) -> pa.Array:
 
 
 def _objects(path: str | Path, blank: dict[str, Any] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) of a JSON lines file; `blank` stands for lines with nothing on them, else an error."""
+    """Yield (line number, object) of a JSON lines file; `blank` stands for empty lines, else they are an error."""
     for block, first in _blocks(path):
         for number, line in enumerate(block[:-1].split(b"\n"), first):
             if blank is not None and not line.strip():

@@ -1,4 +1,4 @@
-"""Scores of a batch by one forward-mode pass a query: ⟨v, g'(z)⟩ = d/dt g(z; θ + t v) at t = 0, for all its z at once."""
+"""Scores of a batch by one forward-mode pass a query: ⟨v, g'(z)⟩ = d/dt g(z; θ + t v) at t = 0, for all z at once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A language model's output layer, applied to the hidden states of counted items in chunks.
 
-(items × vocabulary) is the largest tensor of a language model by far, so it never exists whole: with x the hidden states,
-o = W x + b the outputs and ℓ the items' losses, each chunk goes from x to what is asked and is forgotten.
+(items × vocabulary) is the largest tensor of a language model by far, so it never exists whole: with x the hidden
+states, o = W x + b the outputs and ℓ the items' losses, each chunk goes from x to what is asked and is forgotten.
 """
 
 from __future__ import annotations
@@ -43,7 +43,13 @@ class Head:
         return x
 
     def tangents(
-        self, loss: OutputLoss, parameters: Parameters, vector: Parameters, targets: Tensor, x: Tensor, moved: Tensor | None
+        self,
+        loss: OutputLoss,
+        parameters: Parameters,
+        vector: Parameters,
+        targets: Tensor,
+        x: Tensor,
+        moved: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return ℓ and dℓ/dt of every item, (I,) each, for x moving by `moved` and the layer by `vector`."""
         weight, bias = parameters[self.weight], None if self.bias is None else parameters[self.bias]

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from transformers.pytorch_utils import Conv1D
 
-_BLOCK = (
-    1 << 20
-)  # entries of the per-example gradients that are held at a time: a few MiB, so that they stay in cache
+_BLOCK = 1 << 22  # entries of the per-example gradients that are held at a time: 16 MiB in float32
 _SMALL = 1 << 16  # entries of a module's parameters up to which per-example gradients are formed whole
 
 
@@ -45,7 +43,7 @@ class Groups:
         return values.new_zeros(self.examples, *values.shape[1:]).index_add_(0, self.owner, values)
 
     def gathered(self, values: Tensor) -> Tensor:
-        """Return (G, T, d) values as (B, longest · T, d): the groups of an example one after the other, zeros behind."""
+        """Return (G, T, d) values as (B, longest · T, d): an example's groups one after the other, zeros behind."""
         _, places, width = values.shape
         if self.regular:
             return values.reshape(self.examples, self.longest * places, width)
@@ -137,7 +135,7 @@ def normalisation(
 def small(
     module: Any, inputs: tuple[Tensor, ...], delta: Tensor, vectors: dict[str, Tensor], groups: Groups
 ) -> dict[str, Tensor]:
-    """Rule of any module with few parameters that works on each group alone: its own vector-Jacobian product, by group."""
+    """Rule of any module with few parameters that works on each group alone: its vector-Jacobian product by group."""
     values = {n: p.detach() for n, p in module.named_parameters(recurse=False)}
     fixed = {n: p for n, p in values.items() if n not in vectors}
 

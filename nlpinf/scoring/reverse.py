@@ -1,16 +1,17 @@
 """Scores of a batch for many queries by one reverse pass to the activations and a few products a layer.
 
 A forward and a backward pass give every layer's input a and its output's gradient δ; a parameter's share of
-⟨v, g'(z)⟩ is the inner product of v with the layer's gradient, summed over the layer's calls (`layers.py`), so that tied
-weights count once a use. No gradient of the batch with respect to a parameter is formed.
+⟨v, g'(z)⟩ is the inner product of v with the layer's gradient, summed over the layer's calls (`layers.py`), so that
+tied weights count once a use. No gradient of the batch with respect to a parameter is formed.
 
-Which parameters may be done so is settled before and watched in every batch; the others go through forward mode, one pass
-a query, so that the sum is exact for every network:
+Which parameters may be done so is settled before and watched in every batch; the others go through forward mode, one
+pass a query, so that the sum is exact for every network:
 
-- before: on two batches of different shape each parameter's share is compared with `torch.autograd`, example by example;
-- in every batch: inputs and outputs of a layer's calls must have one group for each sequence (or counted item), and no
-  use of the parameter outside its layer may reach the outputs. The latter is seen by autograd: outside its layer's calls
-  the parameter is a leaf that asks for a gradient.
+- before: on two batches of different shape each parameter's share is compared with `torch.autograd`, example by
+  example;
+- in every batch: inputs and outputs of a layer's calls must have one group for each sequence (or counted item), and
+  no use of the parameter outside its layer may reach the outputs. The latter is seen by autograd: outside its layer's
+  calls the parameter is a leaf that asks for a gradient.
 """
 
 from __future__ import annotations
@@ -152,12 +153,9 @@ def _through(
 class _Watch:
     """Hooks on the layers for one forward and backward pass."""
 
-    def __init__(
-        self, stage: Stage, calls: dict[nn.Module, dict[str, str]], vectors: Parameters, batch: Batch
-    ) -> None:
+    def __init__(self, stage: Stage, calls: dict[nn.Module, dict[str, str]], vectors: Parameters, batch: Batch) -> None:
         self.calls = {
-            module: {local: name for local, name in names.items() if name in vectors}
-            for module, names in calls.items()
+            module: {local: name for local, name in names.items() if name in vectors} for module, names in calls.items()
         }
         self.vectors = vectors
         self.inside = {name: stage.parameters[name] for name in vectors}
@@ -193,13 +191,7 @@ class _Watch:
         groups = self.items if module in self.item_modules else self.sequences
         count = len(groups.owner)
         rule = rule_of(module)
-        if (
-            kwargs
-            or len(args) != 1
-            or not isinstance(args[0], Tensor)
-            or not isinstance(out, Tensor)
-            or not out.dim()
-        ):
+        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(out, Tensor) or not out.dim():
             self.odd.update(names.values())
             return None
         if type(module) is nn.Embedding and out.shape[0] == 1 < count:
@@ -231,9 +223,7 @@ class _Watch:
     ) -> None:
         with torch.no_grad():
             try:
-                found = rule(
-                    module, (a,), delta, {local: self.vectors[name] for local, name in names.items()}, groups
-                )
+                found = rule(module, (a,), delta, {local: self.vectors[name] for local, name in names.items()}, groups)
             except (RuntimeError, NotImplementedError):
                 self.odd.update(names.values())
                 return

@@ -1,4 +1,4 @@
-"""Scores on disk and in memory: a folder of Parquet parts with a manifest, written whole part by part, read in a stream.
+"""Scores on disk and in memory: a folder of Parquet parts with a manifest, written part by part, read in a stream.
 
 Layout and columns: docs/reference/files.md. A part holds a fixed range of the corpus's positions; it is written under
 another name, synced and renamed, so that a file named `part-NNNNN.parquet` is whole whenever the process may have died.
@@ -34,8 +34,8 @@ class ScoredRow:
     `score`             dq/dε for upweighting the example; positive = harmful
     `predicted_change`  −score/m: by about so much removing it changes the query's value, in the query's own unit
     `loss`              g(z); `tokens` the number of its counted items
-    `token_scores`      the parts that add up to `score`, if they were kept, each with its `token_ids` (the class that was
-                        predicted) and `token_positions` (the place in the sequence that predicted it)
+    `token_scores`      the parts that add up to `score`, if they were kept, each with its `token_ids` (the class that
+                        was predicted) and `token_positions` (the place in the sequence that predicted it)
     """
 
     row: int
@@ -94,7 +94,7 @@ class Store:
 
 
 class Scores:
-    """The scores of a corpus, in a folder or in memory; reads part by part, so that memory does not grow with the corpus.
+    """The scores of a corpus, in a folder or in memory; read part by part, so memory does not grow with the corpus.
 
     `manifest` tells the queries (names, values, verdicts), the corpus, `m`, the reduction and the versions.
     """
@@ -105,14 +105,14 @@ class Scores:
 
     @classmethod
     def open(cls, folder: str | Path) -> Scores:
-        """Open a finished scores folder. Raises `BadInput` if it is none, or if the run that made it was interrupted."""
+        """Open a finished scores folder. Raises `BadInput` if it is none, or if its run was interrupted."""
         folder = Path(folder)
         manifest = read_manifest(folder)
         if missing := missing_parts(folder, manifest):
             shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
             raise BadInput(
-                f"{folder}: the run that makes it was interrupted: {len(missing)} of {manifest['identity']['parts']} parts are "
-                f"missing (part {shown}); run `nlpinf score` again with the same arguments to finish it"
+                f"{folder}: the run that makes it was interrupted: {len(missing)} of "
+                f"{manifest['identity']['parts']} parts are missing (part {shown}); run `nlpinf score` again with the same arguments to finish it"
             )
 
         def reader(path: Path) -> Callable[[list[str] | None], pa.Table]:
@@ -291,9 +291,7 @@ class _disk:
         if isinstance(error, OSError):
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             advice = (
-                "free some space and run again; finished parts are kept"
-                if full
-                else "check the folder and its rights"
+                "free some space and run again; finished parts are kept" if full else "check the folder and its rights"
             )
             raise BadInput(f"{self.path}: cannot be written ({error.strerror or error}); {advice}") from error
 

@@ -116,5 +116,3 @@ def finished(
         verdict = "converged" if residual <= tolerance else "not converged"
     spent = operator.products - products_before + (second.products - second_before if second is not None else 0)
     return Solution(vector, verdict, residual, other, spent, tolerance, operator.damping, solver, history)
-
-

@@ -54,7 +54,8 @@ class CG:
         progress: Callable[[int, float], None] | None = None,
     ) -> Solution:
         before, scale = operator.products, P.norm(right)
-        x, history = P.zeros_like(right), []
+        x = P.zeros_like(right)
+        history: list[float] = []
         verdict: Verdict = "not converged"
 
         def ended(verdict: Verdict) -> Solution:

@@ -135,7 +135,10 @@ class MaskedLM(_LanguageModel):
         ids, attention = ids[sequence], attention[sequence]
         counted = self._chosen(ids, attention, rows_tensor[sequence], number)
         flat = counted.flatten().nonzero()[:, 0]
-        inputs = {"input_ids": self._corrupted(ids, counted, rows_tensor[sequence], number), "attention_mask": attention}
+        inputs = {
+            "input_ids": self._corrupted(ids, counted, rows_tensor[sequence], number),
+            "attention_mask": attention,
+        }
         example = sequence[flat // ids.shape[1]]
         return Batch(inputs, rows_tensor, ids.flatten()[flat], example, sequence, flat)
 
@@ -176,9 +179,7 @@ class CausalLM(_LanguageModel):
 
     name = "causal_lm"
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_length: int = 128, *, boundaries: bool = False
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 128, *, boundaries: bool = False) -> None:
         super().__init__(tokenizer, max_length)
         if boundaries and (tokenizer.bos_token_id is None or tokenizer.eos_token_id is None):
             raise BadInput("boundaries need a tokenizer with bos_token and eos_token; set both or leave boundaries off")
@@ -188,7 +189,7 @@ class CausalLM(_LanguageModel):
         encoded = super().encode(examples)
         if self.boundaries:
             bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-            encoded = [([bos] + ids + [eos])[: self.max_length] for ids in encoded]
+            encoded = [([bos, *ids, eos])[: self.max_length] for ids in encoded]
         return encoded
 
     def collate(self, encoded: Sequence[list[int]], rows: Sequence[int]) -> Batch:
@@ -229,7 +230,9 @@ class SequenceClassification(_TextTask):
     def encode(self, examples: Sequence[Any]) -> list[_Labelled]:
         for example in examples:
             if not isinstance(example, Mapping) or "label" not in example or "text" not in example:
-                raise BadInput(f"an example of this task is a mapping with `text` and `label`, not {str(example)[:60]!r}")
+                raise BadInput(
+                    f"an example of this task is a mapping with `text` and `label`, not {str(example)[:60]!r}"
+                )
             label = example["label"]
             if not isinstance(label, int) or not 0 <= label < self.labels:
                 raise BadInput(f"label {label!r} is outside the range 0 to {self.labels - 1} of this task")

@@ -37,9 +37,7 @@ class _TensorTask(Task):
             targets = targets.reshape(-1)[position]
         else:
             example, position = indices, None
-        return Batch(
-            {self.argument or "input": inputs}, torch.as_tensor(rows), targets, example, indices, position
-        )
+        return Batch({self.argument or "input": inputs}, torch.as_tensor(rows), targets, example, indices, position)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         values = batch.inputs[self.argument or "input"]

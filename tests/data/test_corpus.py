@@ -27,7 +27,9 @@ def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 1 << 20])
-def test_lines_do_not_depend_on_how_the_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_lines_do_not_depend_on_how_the_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
     monkeypatch.setattr("nlpinf.data.corpus._BLOCK", block)
     texts = ["é", "日本語 text\u2028", "a" * 7, "\r \rz", "last"]
     file = tmp_path / "a.txt"
@@ -158,8 +160,9 @@ def test_empty_labelled_set(tmp_path: Path) -> None:
 def test_checksums_of_other_examples_tell_values_apart() -> None:
     x = torch.arange(6.0)
     variants = [
-        [(x, 1)], [(x, 2)], [(x.view(2, 3), 1)], [(x.double(), 1)], [(x, 1), (x, 1)], [[1, 2, 3]], [[1, 2], [3]], [[1, 23]],
-        [{"text": "a", "label": 0}], [{"text": "a", "label": 1}], [{"text": "a", "label": "0"}], ["a"], ["a", "b"], ["ab"],
+        [(x, 1)], [(x, 2)], [(x.view(2, 3), 1)], [(x.double(), 1)], [(x, 1), (x, 1)], [[1, 2, 3]], [[1, 2], [3]],
+        [[1, 23]], [{"text": "a", "label": 0}], [{"text": "a", "label": 1}], [{"text": "a", "label": "0"}], ["a"],
+        ["a", "b"], ["ab"],
     ]  # fmt: skip
     digests = [examples_sha256(v) for v in variants]
     assert len(set(digests)) == len(variants)

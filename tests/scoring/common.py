@@ -27,7 +27,10 @@ def directions(stage: Stage, count: int = 1, seed: int = 0) -> list[Parameters]:
 
 def query_vectors(stage: Stage, count: int = 1, seed: int = 0) -> QueryVectors:
     trees = directions(stage, count, seed)
-    ends = [Solution(tree, "converged", 1e-4 * (i + 1), None, 3, 1e-3, 0.1, "cg", [1.0, 0.1]) for i, tree in enumerate(trees)]
+    ends = [
+        Solution(tree, "converged", 1e-4 * (i + 1), None, 3, 1e-3, 0.1, "cg", [1.0, 0.1])
+        for i, tree in enumerate(trees)
+    ]
     queries = tuple(Query("loss", (stage.data[0],), f"query {i}") for i in range(count))
     verdicts = tuple({stage.name: end} for end in ends)
     return QueryVectors(stage, queries, tuple(trees), verdicts, tuple(0.5 + i for i in range(count)), {"damping": 0.1})
@@ -37,10 +40,14 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     """Return sentences of 1 to 7 of the tests' words."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 8, (count,), generator=generator).tolist()
-    return [" ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (n,), generator=generator).tolist()) for n in lengths]
+    return [
+        " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (n,), generator=generator).tolist()) for n in lengths
+    ]
 
 
-def by_loop(stage: Stage, vectors: Sequence[Parameters], examples: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+def by_loop(
+    stage: Stage, vectors: Sequence[Parameters], examples: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Return scores (N, Q) and losses (N,) of the stage's examples: one autograd backward an example, a dot a query.
 
     The outputs come from the tests' own route (`tests.cases`): one example at a time, no padding, eager attention.

@@ -44,24 +44,23 @@ def test_pass_equals_the_loop(family: str, mode: Any) -> None:
 @pytest.mark.parametrize("mode", ["forward", "reverse"])
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_batches_do_not_change_scores(family: str, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = on_corpus(family, 24)
-    reference = score(query_vectors(base, 2), mode=mode)
+    stage = on_corpus(family, 24)
+    vectors = query_vectors(stage, 2)
 
-    def column(part_rows: int = 8192, **changes: Any) -> np.ndarray:
-        stage = replace(base, **changes)
-        return np.stack([(scores := score(query_vectors(stage, 2), mode=mode, part_rows=part_rows)).column(q) for q in (0, 1)])
+    def columns(**settings: Any) -> np.ndarray:
+        scores = score(vectors, mode=mode, **settings)
+        return np.stack([scores.column(q) for q in (0, 1)])
 
-    expected = np.stack([reference.column(q) for q in (0, 1)])
-    for changes in ({"batch_size": 1}, {"batch_size": 7}, {"batch_size": 64, "batch_tokens": 10**6}, {"batch_tokens": 30}):
-        assert apart(column(**changes), expected) < 1e-5
-    assert apart(column(part_rows=7), expected) < 1e-5
+    expected = columns(batch_size=64, batch_tokens=10**6)
+    for settings in ({"batch_size": 1}, {"batch_size": 7}, {"batch_tokens": 30}, {"part_rows": 7}, {}):
+        assert apart(columns(**settings), expected) < 1e-5
 
     def unsorted(lengths: list[int], size: int, tokens: int) -> Any:
         order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(3)).tolist()
         yield from (order[i : i + 7] for i in range(0, len(order), 7))
 
     monkeypatch.setattr(pass_over, "length_batches", unsorted)
-    assert apart(column(), expected) < 1e-5
+    assert apart(columns(), expected) < 1e-5
 
 
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
@@ -143,7 +142,9 @@ def test_scorer_maps_data_sets(queries: int) -> None:
     assert scorer({"text": []}, []) == {"score": []}
 
 
-def test_memory_does_not_hold_results_of_parts_that_are_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_hold_results_of_parts_that_are_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import gc
 
     import pyarrow as pa
@@ -176,7 +177,8 @@ def test_bad_settings() -> None:
     vectors = query_vectors(stage)
     for arguments, message in [
         ({"mode": "both"}, "none of"), ({"mode": "reverse", "token_scores": True}, "forward mode"),
-        ({"part_rows": 0}, "at least 1"), ({"corpus": []}, "corpus is empty"), ({"corpus": "no/such/file.txt"}, "no such file"),
+        ({"part_rows": 0}, "at least 1"), ({"batch_size": 0}, "at least 1"), ({"corpus": []}, "corpus is empty"),
+        ({"corpus": "no/such/file.txt"}, "no such file"),
     ]:  # fmt: skip
         with pytest.raises(BadInput, match=message):
             score(vectors, **arguments)  # type: ignore[arg-type]
@@ -185,5 +187,9 @@ def test_bad_settings() -> None:
 
 
 def test_auto_takes_reverse_mode_for_many_queries_where_every_layer_has_a_rule() -> None:
-    for family, queries, mode in [("gpt2 sdpa", 1, "forward"), ("gpt2 sdpa", 32, "reverse"), ("lstm tagger", 32, "forward")]:
+    for family, queries, mode in [
+        ("gpt2 sdpa", 1, "forward"),
+        ("gpt2 sdpa", 32, "reverse"),
+        ("lstm tagger", 32, "forward"),
+    ]:
         assert RowScorer(query_vectors(pretrain_stage(family), queries)).mode == mode

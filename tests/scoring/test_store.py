@@ -113,7 +113,12 @@ def test_others_open_it(tmp_path: Path, queries: int, options: dict) -> None:
     loaded = datasets.load_dataset("parquet", data_files=pattern, split="train", cache_dir=str(tmp_path / "cache"))
     np.testing.assert_array_equal(np.array(loaded["score"], np.float32), expected)
     assert loaded["row"] == scores.rows.tolist()
-    kinds = {name: str(kind) for name, kind in zip(pq.read_schema(out / "part-00000.parquet").names, pq.read_schema(out / "part-00000.parquet").types)}
+    kinds = {
+        name: str(kind)
+        for name, kind in zip(
+            pq.read_schema(out / "part-00000.parquet").names, pq.read_schema(out / "part-00000.parquet").types
+        )
+    }
     assert kinds["row"] == "int64" and kinds["loss"] == "float" and kinds["tokens"] == "int32"
     assert kinds["score"] == ("float" if queries == 1 else "fixed_size_list<element: float>[3]")
 
@@ -140,7 +145,9 @@ T.score(T.query_vectors(T.stage_on(), 2), out=Path(sys.argv[1]), part_rows=T.PAR
 """
 
 
-@pytest.mark.parametrize(("at", "moment"), [("part-00002.parquet", "before"), ("part-00002.parquet", "after"), ("manifest.json", "before")])
+@pytest.mark.parametrize(
+    ("at", "moment"), [("part-00002.parquet", "before"), ("part-00002.parquet", "after"), ("manifest.json", "before")]
+)
 def test_killed_and_run_again_gives_the_same_bytes(
     vectors: QueryVectors, folder: Path, tmp_path: Path, at: str, moment: str
 ) -> None:
@@ -148,14 +155,18 @@ def test_killed_and_run_again_gives_the_same_bytes(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     setup = "import torch; torch.set_num_threads(1)\n"
     done = subprocess.run(
-        [sys.executable, "-c", setup + KILLED, str(out), at, moment], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", setup + KILLED, str(out), at, moment],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     partial = [name for name in files(out) if name.endswith(".partial")]
     if moment == "before":
         assert len(partial) == 1
     if at != "manifest.json":
-        with pytest.raises(BadInput, match="interrupted.*parts are missing.*nlpinf score"):
+        with pytest.raises(BadInput, match=r"interrupted.*parts are missing.*nlpinf score"):
             Scores.open(out)
     else:
         with pytest.raises(BadInput, match="no scores folder"):
@@ -215,7 +226,11 @@ def test_a_folder_of_something_else_is_refused(vectors: QueryVectors, tmp_path: 
         Scores.open(tmp_path / "missing")
     with pytest.raises(BadInput, match="cannot be written"):
         score(vectors, out=tmp_path / "notes.txt")
-    for content, message in [("{", "not valid JSON"), ('{"kind": "query"}', "no manifest of scores"), ('{"kind": "scores", "format": 99}', "format 99")]:
+    for content, message in [
+        ("{", "not valid JSON"),
+        ('{"kind": "query"}', "no manifest of scores"),
+        ('{"kind": "scores", "format": 99}', "format 99"),
+    ]:
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(BadInput, match=message):
             Scores.open(tmp_path)
@@ -266,7 +281,10 @@ def test_a_full_disk_leaves_whole_parts_only(vectors: QueryVectors, folder: Path
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e42])
 def test_a_score_that_is_not_finite_names_its_row(tmp_path: Path, value: float) -> None:
-    stage = replace(pretrain_stage("gpt2 sdpa"), data=Corpus(["a cat"] * 25 + ["the cat sat on the mat"] + ["a dog"] * 9, rows=range(3, 38)))
+    stage = replace(
+        pretrain_stage("gpt2 sdpa"),
+        data=Corpus(["a cat"] * 25 + ["the cat sat on the mat"] + ["a dog"] * 9, rows=range(3, 38)),
+    )
     vectors = query_vectors(stage)
     places = vectors.vectors[0]["transformer.wpe.weight"]
     places[6:, 0] = value  # only the long sentence reaches so far
