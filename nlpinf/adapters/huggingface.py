@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from nlpinf.data import shipped
-from nlpinf.data.corpus import Corpus, read_labelled
+from nlpinf.data.corpus import Corpus, examples_sha256, read_labelled
 from nlpinf.errors import BadInput
 from nlpinf.parameters import tied_groups
 from nlpinf.stages import Chain, Proximity, Stage, Transfer
@@ -143,7 +143,7 @@ def save_run(stage: Stage, folder: str | Path, **record: Any) -> Path:
     with quiet_loading():
         stage.model.save_pretrained(folder)  # type: ignore[operator]
         stage.task.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
-    data = {"rows": stage.size, "sha256": data_sha256(stage.data)}
+    data = {"rows": stage.size, "sha256": examples_sha256(stage.data)}
     content = {
         "format": FORMAT,
         "name": stage.name,
@@ -160,16 +160,6 @@ def save_run(stage: Stage, folder: str | Path, **record: Any) -> Path:
     content["data"] = {**data, **record.get("data", {})}
     write_json(folder / RECORD, content)
     return folder
-
-
-def data_sha256(data: Sequence[Any]) -> str:
-    """Return the sha256 of the examples: a corpus by its row texts, labelled rows by text and label."""
-    if isinstance(data, Corpus):
-        return data.sha256
-    digest = hashlib.sha256()
-    for example in data:
-        digest.update(json.dumps(example, ensure_ascii=False, sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -281,7 +271,7 @@ def _data(folder: Path, record: dict[str, Any], data: Any, task: Task) -> Any:
         examples = read_labelled(path, task.labels)
     else:
         examples = Corpus.read(path, **record.get("data", {}).get("reading", {}))
-    if data is None and (expected := record["data"].get("sha256")) != data_sha256(examples):
+    if data is None and (expected := record["data"].get("sha256")) != examples_sha256(examples):
         raise BadInput(
             f"{path}: the texts are not those of the run (sha256 of the rows differs from {str(expected)[:12]}…); restore the file or give another with data"
         )

@@ -1,0 +1,171 @@
+"""A recipe: one YAML file that says everything about an experiment, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nlpinf.errors import BadInput
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainingSettings(_Strict):
+    """How a stage is trained: Adam, linear warm-up and decay."""
+
+    epochs: int = Field(3, ge=1)
+    batch_size: int = Field(64, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class TokenizerSettings(_Strict):
+    """The tokenizer that is trained on the pretraining corpus."""
+
+    kind: Literal["wordpiece", "bpe"] = "wordpiece"
+    size: int = Field(4000, ge=64)
+    lowercase: bool = True
+
+
+class PretrainSettings(_Strict):
+    """The first stage. `model` is a Hugging Face config: `type` and its own fields."""
+
+    corpus: str
+    task: Literal["masked_lm", "causal_lm"] = "masked_lm"
+    empty: Literal["error", "skip"] = "error"
+    tokenizer: TokenizerSettings = TokenizerSettings()  # type: ignore[call-arg]
+    model: dict[str, Any]
+    max_length: int = Field(64, ge=2)
+    masks: int = Field(1, ge=1)
+    probability: float = Field(0.15, gt=0, lt=1)
+    reduction: Literal["example", "token"] = "example"
+    training: TrainingSettings = TrainingSettings()  # type: ignore[call-arg]
+
+
+class FinetuneSettings(_Strict):
+    """The second stage: `test` names a file, or `test_share` of `data` is held out by the seed."""
+
+    data: str
+    test: str | None = None
+    test_share: float = Field(0.2, gt=0, lt=1)
+    labels: int = Field(2, ge=2)
+    max_length: int | None = None
+    transfer: Literal["proximity", "frozen"] = "proximity"
+    alpha: float = Field(1e-3, gt=0)
+    training: TrainingSettings = TrainingSettings()  # type: ignore[call-arg]
+
+
+class RelativeDamping(_Strict):
+    """Damping as a multiple of the curvature's mean eigenvalue."""
+
+    relative: float = Field(ge=0)
+
+
+class QuerySettings(_Strict):
+    """What is asked, and how it is pulled back."""
+
+    misclassified: int = Field(3, ge=0)
+    curvature: Literal["ggn", "hessian", "fisher"] = "ggn"
+    damping: float | RelativeDamping = RelativeDamping(relative=0.01)
+    sample: int | None = Field(None, ge=1)
+    tolerance: float = Field(1e-3, gt=0, lt=1)
+    max_iterations: int = Field(1000, ge=1)
+    allow_unconverged: bool = False
+
+
+class ReportSettings(_Strict):
+    """The page: `examples` sentences in each table."""
+
+    examples: int = Field(10, ge=1)
+
+
+class RemoveSettings(_Strict):
+    """Remove `share` of the corpus (most harmful, most helpful, `random` draws), retrain both stages, compare."""
+
+    share: float = Field(0.05, gt=0, lt=1)
+    random: int = Field(3, ge=0)
+
+
+class Recipe(_Strict):
+    """A whole experiment. `versions` is written by a run, for the record."""
+
+    name: str
+    seed: int = 0
+    pretrain: PretrainSettings
+    finetune: FinetuneSettings
+    query: QuerySettings = QuerySettings()  # type: ignore[call-arg]
+    report: ReportSettings = ReportSettings()  # type: ignore[call-arg]
+    remove: RemoveSettings | None = None
+    versions: dict[str, str] = {}
+
+
+def load(path: str | Path) -> Recipe:
+    """Read a recipe file; a key that does not exist is refused with the nearest one that does."""
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such recipe") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+    return parse(content, str(path))
+
+
+def parse(content: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Check a recipe's content; `where` is named in errors."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise BadInput(f"{where}: {_told(error.errors()[0])}") from None
+
+
+def _told(error: Any) -> str:
+    place = [str(part) for part in error["loc"] if part not in ("float", "RelativeDamping")]
+    key = ".".join(place)
+    if error["type"] == "extra_forbidden":
+        known = _fields(place[:-1])
+        near = difflib.get_close_matches(place[-1], known, 1, 0.0) if known else []
+        return f"there is no key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    if error["type"] == "missing":
+        return f"the key {key!r} is missing"
+    return f"{key}: {error['msg'][:1].lower()}{error['msg'][1:]}, not {error['input']!r}"
+
+
+def _fields(place: list[str]) -> list[str]:
+    model: Any = Recipe
+    for part in place:
+        annotation = model.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def dump(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe, every default spelt out."""
+    path.write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def difference(one: Recipe, two: Recipe) -> str | None:
+    """Return the first key in which two recipes differ, versions aside."""
+
+    def first(a: Any, b: Any, place: str) -> str | None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in [*a, *(k for k in b if k not in a)]:
+                if found := first(a.get(key), b.get(key), f"{place}.{key}" if place else key):
+                    return found
+            return None
+        return None if a == b else f"{place} ({a!r} there, {b!r} now)"
+
+    skipped = {"versions"}
+    return first(one.model_dump(exclude=skipped), two.model_dump(exclude=skipped), "")

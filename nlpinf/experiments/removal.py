@@ -1,0 +1,36 @@
+"""Remove rows from the pretraining corpus, retrain both stages, and set the actual change of a query beside the predicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nlpinf.errors import BadInput
+from nlpinf.scoring import Scores
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Rows to do without, and the predicted change of the query: −Σ score/m over them (first order)."""
+
+    name: str
+    rows: list[int]
+    predicted: float
+
+
+def removals(scores: Scores, share: float, draws: int, seed: int = 0, query: int = 0) -> list[Removal]:
+    """Return the most harmful `share` of the rows, `draws` random sets of as many, and the most helpful."""
+    values, rows = scores.column(query).astype(np.float64), scores.rows
+    count = round(share * len(rows))
+    if not 0 < count < len(rows):
+        raise BadInput(f"a share of {share} of {len(rows)} rows is {count} rows; it must leave some and take some")
+    order = np.argsort(-values, kind="stable")
+    generator = np.random.default_rng(seed)
+    chosen = {"most harmful": order[:count]}
+    for draw in range(draws):
+        chosen[f"random {draw + 1}"] = generator.choice(len(rows), count, replace=False)
+    chosen["most helpful"] = order[-count:]
+    return [
+        Removal(name, sorted(rows[where].tolist()), float(-values[where].sum() / scores.m)) for name, where in chosen.items()
+    ]

@@ -1,0 +1,108 @@
+"""The query folder: query vectors as safetensors with a manifest of what they were made from and how the solves ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from nlpinf.adapters.huggingface import file_sha256, one_line, read_json, stage_from_run, versions, write_json
+from nlpinf.errors import BadInput
+from nlpinf.influence import QueryVectors
+from nlpinf.queries import Query
+from nlpinf.solvers import Solution
+from nlpinf.stages import Chain
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+def save(vectors: QueryVectors, folder: str | Path, chain: Chain) -> Path:
+    """Write a query folder; every stage of `chain` must have been opened from a run folder. Returns its path.
+
+    The manifest is written last, so that a folder without one is a run that was interrupted.
+    """
+    folder = Path(folder)
+    runs = []
+    for stage in chain.stages:
+        if "run" not in stage.record:
+            raise BadInput(f"stage {stage.name!r} is in memory only; save it with save_run and open it with Stage.from_run first")
+        runs.append({"name": stage.name, "run": stage.record["run"], "weights": stage.record["weights"], "data": stage.record["data"]})
+    folder.mkdir(parents=True, exist_ok=True)
+    if strange := [p.name for p in folder.iterdir() if p.name != MANIFEST and not p.name.startswith("vectors-")]:
+        raise BadInput(f"{folder}: holds other files ({min(strange)}); give a new folder for the query")
+    (folder / MANIFEST).unlink(missing_ok=True)
+    queries = []
+    for i, (query, vector, verdicts, value) in enumerate(zip(vectors.queries, vectors.vectors, vectors.verdicts, vectors.values)):
+        path = folder / f"vectors-{i:05d}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in vector.items()}, path)
+        queries.append(
+            {
+                "id": i,
+                "name": query.name,
+                "kind": query.kind,
+                "examples": [e for e in query.examples if isinstance(e, str | dict)],
+                "value": value,
+                "file": path.name,
+                "sha256": file_sha256(path),
+                "verdicts": {name: solution.summary() for name, solution in verdicts.items()},
+            }
+        )
+    content = {
+        "kind": "query",
+        "format": FORMAT,
+        "queries": queries,
+        "chain": runs,
+        "settings": vectors.settings,
+        "versions": versions(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_json(folder / MANIFEST, content)
+    return folder
+
+
+def manifest(folder: str | Path) -> dict[str, Any]:
+    """Read and check a query folder's manifest."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such query folder; `nlpinf query` makes one")
+    content = read_json(folder / MANIFEST, "a finished query folder")
+    if content.get("kind") != "query" or content.get("format") != FORMAT:
+        raise BadInput(f"{folder / MANIFEST}: is no query manifest of format {FORMAT}; make the query again")
+    return content
+
+
+def load(folder: str | Path, *, run: str | Path | None = None, data: Any = None) -> QueryVectors:
+    """Open a query folder and the pretraining run that it belongs to (`run`, where that was moved).
+
+    Raises `BadInput` if a vector file or the run's weights are not those that the manifest names.
+    """
+    folder = Path(folder)
+    content = manifest(folder)
+    first = content["chain"][0]
+    where = Path(run or first["run"])
+    stage = stage_from_run(where, data=data)
+    if stage.record["weights"] != first["weights"]:
+        raise BadInput(f"{where}: its weights are not those that {folder} was made with (sha256 differs); make the query again")
+    vectors, verdicts, queries = [], [], []
+    for entry in content["queries"]:
+        path = folder / entry["file"]
+        if not path.is_file() or file_sha256(path) != entry["sha256"]:
+            raise BadInput(f"{path}: is missing or changed since the query was made; make the query again")
+        try:
+            vectors.append({n: t.to(stage.device) for n, t in load_file(path).items()})
+        except Exception as error:
+            raise BadInput(f"{path}: cannot be read ({one_line(error)}); make the query again") from error
+        queries.append(Query(entry["kind"], tuple(entry["examples"]), entry["name"]))
+        verdicts.append({name: _solution(summary) for name, summary in entry["verdicts"].items()})
+    values = tuple(entry["value"] for entry in content["queries"])
+    settings = {**content["settings"], "query_folder": folder.name}
+    return QueryVectors(stage, tuple(queries), tuple(vectors), tuple(verdicts), values, settings)
+
+
+def _solution(summary: Mapping[str, Any]) -> Solution:
+    values = {k: (float("nan") if v is None and k != "second_residual" else v) for k, v in summary.items()}
+    return Solution(vector={}, **values)
