@@ -29,14 +29,25 @@ def save(vectors: QueryVectors, folder: str | Path, chain: Chain) -> Path:
     runs = []
     for stage in chain.stages:
         if "run" not in stage.record:
-            raise BadInput(f"stage {stage.name!r} is in memory only; save it with save_run and open it with Stage.from_run first")
-        runs.append({"name": stage.name, "run": stage.record["run"], "weights": stage.record["weights"], "data": stage.record["data"]})
+            raise BadInput(
+                f"stage {stage.name!r} is in memory only; save it with save_run and open it with Stage.from_run first"
+            )
+        runs.append(
+            {
+                "name": stage.name,
+                "run": stage.record["run"],
+                "weights": stage.record["weights"],
+                "data": stage.record["data"],
+            }
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if strange := [p.name for p in folder.iterdir() if p.name != MANIFEST and not p.name.startswith("vectors-")]:
         raise BadInput(f"{folder}: holds other files ({min(strange)}); give a new folder for the query")
     (folder / MANIFEST).unlink(missing_ok=True)
     queries = []
-    for i, (query, vector, verdicts, value) in enumerate(zip(vectors.queries, vectors.vectors, vectors.verdicts, vectors.values)):
+    for i, (query, vector, verdicts, value) in enumerate(
+        zip(vectors.queries, vectors.vectors, vectors.verdicts, vectors.values)
+    ):
         path = folder / f"vectors-{i:05d}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in vector.items()}, path)
         queries.append(
@@ -86,7 +97,9 @@ def load(folder: str | Path, *, run: str | Path | None = None, data: Any = None)
     where = Path(run or first["run"])
     stage = stage_from_run(where, data=data)
     if stage.record["weights"] != first["weights"]:
-        raise BadInput(f"{where}: its weights are not those that {folder} was made with (sha256 differs); make the query again")
+        raise BadInput(
+            f"{where}: its weights are not those that {folder} was made with (sha256 differs); make the query again"
+        )
     vectors, verdicts, queries = [], [], []
     for entry in content["queries"]:
         path = folder / entry["file"]
@@ -104,5 +117,7 @@ def load(folder: str | Path, *, run: str | Path | None = None, data: Any = None)
 
 
 def _solution(summary: Mapping[str, Any]) -> Solution:
-    values = {k: (float("nan") if v is None and k != "second_residual" else v) for k, v in summary.items()}
+    values: dict[str, Any] = {
+        k: (float("nan") if v is None and k != "second_residual" else v) for k, v in summary.items()
+    }
     return Solution(vector={}, **values)

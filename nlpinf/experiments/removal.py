@@ -32,5 +32,6 @@ def removals(scores: Scores, share: float, draws: int, seed: int = 0, query: int
         chosen[f"random {draw + 1}"] = generator.choice(len(rows), count, replace=False)
     chosen["most helpful"] = order[-count:]
     return [
-        Removal(name, sorted(rows[where].tolist()), float(-values[where].sum() / scores.m)) for name, where in chosen.items()
+        Removal(name, sorted(rows[where].tolist()), float(-values[where].sum() / scores.m))
+        for name, where in chosen.items()
     ]

@@ -42,7 +42,9 @@ class Outcome:
 class Runner:
     """Runs `recipe` in `out`; `progress` gets (step, done, total, note), `say` one line a step."""
 
-    def __init__(self, recipe: Recipe, out: str | Path, progress: Progress | None = None, say: Say | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, out: str | Path, progress: Progress | None = None, say: Say | None = None
+    ) -> None:
         self.out, self.progress, self.say = Path(out), progress, say or (lambda _: None)
         self.recipe = recipe.model_copy(update={"versions": versions()})
         self.make = Recipes(self.recipe)
@@ -107,7 +109,9 @@ class Runner:
             self.say("query: done before")
             return
         chain = chain_from_runs([self.out / "pretrain", self.out / "finetune"])
-        damping = Relative(settings.damping.relative) if isinstance(settings.damping, RelativeDamping) else settings.damping
+        damping = (
+            Relative(settings.damping.relative) if isinstance(settings.damping, RelativeDamping) else settings.damping
+        )
         queries = self.make.queries(chain.stages[-1])
         solves = len(queries) * len(chain.links)
         finished = 0
@@ -145,7 +149,8 @@ class Runner:
         vectors = querystore.load(self.out / "query")
         shade = report.shader(vectors.stage, vectors.vectors)
         shown = [
-            {"name": r["name"], "rows": len(r["rows"]), **{k: r[k] for k in ("predicted", "actual", "accuracy")}} for r in removal
+            {"name": r["name"], "rows": len(r["rows"]), **{k: r[k] for k in ("predicted", "actual", "accuracy")}}
+            for r in removal
         ]
         return report.write(
             scores, self.out / "report.html", examples=self.recipe.report.examples, shade=shade, removal=shown or None

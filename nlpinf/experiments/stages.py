@@ -54,7 +54,9 @@ class Recipes:
         random.Random(self.recipe.seed).shuffle(rows)
         held_out = max(1, round(settings.test_share * len(rows)))
         if held_out >= len(rows):
-            raise BadInput(f"{settings.data}: test_share {settings.test_share} leaves no row to train on; make it smaller")
+            raise BadInput(
+                f"{settings.data}: test_share {settings.test_share} leaves no row to train on; make it smaller"
+            )
         return rows[held_out:], rows[:held_out]
 
     @cached_property
@@ -64,7 +66,9 @@ class Recipes:
         texts = (self.corpus[i] for i in range(len(self.corpus)))
         return train_tokenizer(settings.kind, texts, settings.size, lowercase=settings.lowercase)
 
-    def pretrain(self, exclude: Collection[int] = (), progress: Progress | None = None, label: str = "pretrain") -> Stage:
+    def pretrain(
+        self, exclude: Collection[int] = (), progress: Progress | None = None, label: str = "pretrain"
+    ) -> Stage:
         """Train the first stage from its seeded initialisation, without the rows `exclude`."""
         settings, seed = self.recipe.pretrain, self.recipe.seed
         model = new_model(settings.task, settings.model, self.tokenizer, settings.max_length, seed)
@@ -92,7 +96,9 @@ class Recipes:
         frozen = settings.transfer == "frozen"
         stage = Stage(
             model,
-            SequenceClassification(self.tokenizer, settings.max_length or self.recipe.pretrain.max_length, labels=settings.labels),
+            SequenceClassification(
+                self.tokenizer, settings.max_length or self.recipe.pretrain.max_length, labels=settings.labels
+            ),
             self.labelled[0],
             weight_decay=settings.training.weight_decay,
             trained=[n for n, _ in model.named_parameters() if n not in shared] if frozen else None,
@@ -112,7 +118,8 @@ class Recipes:
         test = self.labelled[1]
         wrong = misclassified(finetuned, test)[: self.recipe.query.misclassified]
         return [Query.mean_loss(test, "mean test loss")] + [
-            Query.loss(test[i], f"loss of test row {i}: {_short(test[i]['text'])} (label {test[i]['label']})") for i in wrong
+            Query.loss(test[i], f"loss of test row {i}: {_short(test[i]['text'])} (label {test[i]['label']})")
+            for i in wrong
         ]
 
     def result(self, finetuned: Stage) -> Result:

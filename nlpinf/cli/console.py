@@ -1,0 +1,73 @@
+"""Progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from nlpinf.scoring import ScoredRow
+
+err = Console(stderr=True)
+out = Console(soft_wrap=False)
+
+Report = Callable[[str, int, int, str], None]
+
+
+@contextmanager
+def bars() -> Iterator[Report]:
+    """Yield a function (step, done, total, note) that draws one bar a step on stderr; silent where it is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+
+        def report(step: str, done: int, total: int, note: str = "") -> None:
+            if step not in tasks:
+                tasks[step] = progress.add_task(step, total=total, note=note)
+                if not err.is_terminal:
+                    err.print(f"{step} ...", highlight=False)
+            progress.update(tasks[step], completed=done, total=total, note=note)
+
+        yield report
+
+
+def print_json(content: Any) -> None:
+    """Print one JSON document on stdout."""
+    json.dump(content, sys.stdout, ensure_ascii=False, indent=1)
+    sys.stdout.write("\n")
+
+
+def rows_table(rows: list[ScoredRow], title: str) -> Table:
+    """Return a table of scored rows: score, predicted change of the query if removed, row, text."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_lines=False, box=None, padding=(0, 1))
+    table.add_column("score", justify="right")
+    table.add_column("change if removed", justify="right")
+    table.add_column("row", justify="right")
+    table.add_column("sentence", ratio=1, overflow="fold")
+    for row in rows:
+        table.add_row(f"{row.score:+.4g}", f"{row.predicted_change:+.2e}", str(row.row), shown(row.text))
+    return table
+
+
+def shown(text: str | None, width: int = 110) -> str:
+    """Return a text as one printable line without markup."""
+    line = " ".join((text or "").split()).replace("[", r"\[")
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def row_dict(row: ScoredRow) -> dict[str, Any]:
+    """Return a scored row for JSON."""
+    return {key: value for key, value in vars(row).items() if value is not None}

@@ -1,0 +1,40 @@
+"""nlpinf report: the page of a scores folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from nlpinf import querystore
+from nlpinf import report as page
+from nlpinf.cli import console
+from nlpinf.scoring import Scores
+
+
+def add(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("report")(report)
+
+
+def report(
+    scores: Path = typer.Argument(help="Scores folder."),
+    out: Path | None = typer.Option(None, "--out", help="The page (default: report.html beside the scores folder)."),
+    query: Path | None = typer.Option(None, "--query", help="Query folder: shades the words of the sentences shown."),
+    examples: int = typer.Option(20, help="Sentences in each table."),
+    json_: bool = typer.Option(False, "--json", help="Print the path as JSON."),
+) -> None:
+    """Write one self-contained HTML page: warnings, verdicts, histogram, harmful and helpful sentences.
+
+    Example: nlpinf report scores --query query --out report.html
+    """
+    opened = Scores.open(scores)
+    shade = None
+    if query is not None:
+        vectors = querystore.load(query)
+        shade = page.shader(vectors.stage, vectors.vectors)
+    path = page.write(opened, out or scores.parent / "report.html", examples=examples, shade=shade)
+    if json_:
+        console.print_json({"report": str(path)})
+    else:
+        console.out.print(str(path), highlight=False, soft_wrap=True)
