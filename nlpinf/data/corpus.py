@@ -173,6 +173,8 @@ def examples_sha256(examples: Sequence[Any]) -> str:
     if isinstance(examples, Corpus):
         return examples.sha256
     digest = hashlib.sha256()
+    if len(examples) and all(isinstance(examples[i], str) for i in range(len(examples))):
+        return Corpus(examples).sha256
     for i in range(len(examples)):
         _digest(digest, examples[i])
     return digest.hexdigest()
@@ -228,7 +230,7 @@ def _is_json(path: str | Path) -> bool:
 
 
 def _blocks(path: str | Path) -> Iterator[tuple[bytes, int]]:
-    """Yield blocks of whole lines, valid UTF-8 with "\\n" at every line's end, and the number of each one's first line."""
+    """Yield blocks of whole lines, valid UTF-8, every line with its "\\n", and the number of each one's first line."""
     number, rest, first = 1, b"", True
     for data in _stream(path):
         rest += data.removeprefix(b"\xef\xbb\xbf") if first else data

@@ -112,7 +112,8 @@ class Scores:
             shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
             raise BadInput(
                 f"{folder}: the run that makes it was interrupted: {len(missing)} of "
-                f"{manifest['identity']['parts']} parts are missing (part {shown}); run `nlpinf score` again with the same arguments to finish it"
+                f"{manifest['identity']['parts']} parts are missing (part {shown}); run `nlpinf score` again with the "
+                f"same arguments to finish it"
             )
 
         def reader(path: Path) -> Callable[[list[str] | None], pa.Table]:

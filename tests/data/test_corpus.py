@@ -71,7 +71,8 @@ def test_in_memory() -> None:
     assert corpus.rows.tolist() == [7, 3] and corpus.rows.dtype == torch.int64 and len(corpus) == 2
     for texts, rows, message in [
         ([], None, "no text"), (["a", ""], None, "row 1 is empty"), (["a", 3], None, "text 1 .* int"),
-        (["a"], [1, 2], "1 texts with 2 row numbers"), (["a", "b"], [1, 1], "occurs twice"), (["\ud800"], None, "Unicode"),
+        (["a"], [1, 2], "1 texts with 2 row numbers"), (["a", "b"], [1, 1], "occurs twice"),
+        (["\ud800"], None, "Unicode"),
     ]:  # fmt: skip
         with pytest.raises(BadInput, match=message):
             Corpus(texts, rows)  # type: ignore[arg-type]
@@ -167,3 +168,4 @@ def test_checksums_of_other_examples_tell_values_apart() -> None:
     digests = [examples_sha256(v) for v in variants]
     assert len(set(digests)) == len(variants)
     assert examples_sha256([(x.clone(), 1)]) == digests[0]
+    assert examples_sha256(["a", "b"]) == examples_sha256(Corpus(["a", "b"]))

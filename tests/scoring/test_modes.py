@@ -230,7 +230,8 @@ def test_a_use_that_only_later_batches_show_is_seen() -> None:
 def test_llama_with_gated_layers_and_its_own_norms() -> None:
     config = LlamaConfig(
         vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=16, pad_token_id=0, bos_token_id=2, eos_token_id=3, tie_word_embeddings=False,
+        num_key_value_heads=2, max_position_embeddings=16, pad_token_id=0, bos_token_id=2,
+        eos_token_id=3, tie_word_embeddings=False,
     )  # fmt: skip
     stage = Stage(randomised(LlamaForCausalLM(config).double(), 2), CausalLM(tokenizer(), 9), TEXTS, batch_size=3)
     vectors = directions(stage, 3)
