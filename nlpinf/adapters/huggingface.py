@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from nlpinf.adapters.heads import HEAD, TextClassifier
 from nlpinf.data import shipped
 from nlpinf.data.corpus import Corpus, examples_sha256, read_labelled
 from nlpinf.errors import BadInput
@@ -109,22 +110,6 @@ def new_model(
     torch.manual_seed(seed)
     with quiet_loading():
         return AUTO_MODELS[task].from_config(AutoConfig.for_model(kind, **{**defaults, **fields}))
-
-
-def classifier_from(model: nn.Module, labels: int, seed: int) -> nn.Module:
-    """Return a sequence classifier of the same architecture with `model`'s encoder, in memory; its head is new."""
-    config = type(model.config).from_dict({**model.config.to_dict(), "num_labels": labels})  # type: ignore[union-attr, operator]
-    torch.manual_seed(seed)
-    with quiet_loading():
-        classifier = AutoModelForSequenceClassification.from_config(config)
-    theirs = dict(model.named_parameters())
-    mine = {n: p for n, p in classifier.named_parameters() if n in theirs and theirs[n].shape == p.shape}
-    if not mine:
-        raise BadInput(f"{type(classifier).__name__} shares no parameter with {type(model).__name__}")
-    with torch.no_grad():
-        for name, parameter in mine.items():
-            parameter.copy_(theirs[name])
-    return classifier
 
 
 def shared_names(parent: nn.Module, child: nn.Module) -> list[str]:
@@ -216,7 +201,8 @@ def stage_from_run(folder: str | Path, *, data: Any = None, **changes: Any) -> S
     try:
         with quiet_loading():
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AUTO_MODELS[record["task"]["name"]].from_pretrained(folder)
+            opener: Any = TextClassifier if (folder / HEAD).exists() else AUTO_MODELS[record["task"]["name"]]
+            model = opener.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BadInput(
             f"{folder}: cannot be opened as a {record['task'].get('name')} model: {one_line(error)}"

@@ -49,6 +49,13 @@ class PretrainSettings(_Strict):
     training: TrainingSettings = TrainingSettings()  # type: ignore[call-arg]
 
 
+class HeadChoice(_Strict):
+    """The classification head: pooling over tokens, then linear (`hidden` 0) or one hidden layer."""
+
+    pooling: Literal["mean", "max", "attention", "first"] = "mean"
+    hidden: int = Field(0, ge=0)
+
+
 class FinetuneSettings(_Strict):
     """The second stage: `test` names a file, or `test_share` of `data` is held out by the seed."""
 
@@ -57,6 +64,7 @@ class FinetuneSettings(_Strict):
     test_share: float = Field(0.2, gt=0, lt=1)
     labels: int = Field(2, ge=2)
     max_length: int | None = None
+    head: HeadChoice = HeadChoice()  # type: ignore[call-arg]
     transfer: Literal["proximity", "frozen"] = "proximity"
     alpha: float = Field(1e-3, gt=0)
     training: TrainingSettings = TrainingSettings()  # type: ignore[call-arg]
@@ -68,12 +76,15 @@ class RelativeDamping(_Strict):
     relative: float = Field(ge=0)
 
 
+Damping = float | RelativeDamping
+
+
 class QuerySettings(_Strict):
-    """What is asked, and how it is pulled back."""
+    """What is asked, and how it is pulled back. `damping` is one for both stages or a list: pretraining, finetuning."""
 
     misclassified: int = Field(3, ge=0)
     curvature: Literal["ggn", "hessian", "fisher"] = "ggn"
-    damping: float | RelativeDamping = RelativeDamping(relative=0.01)
+    damping: Damping | list[Damping] = RelativeDamping(relative=0.01)
     sample: int | None = Field(None, ge=1)
     tolerance: float = Field(1e-3, gt=0, lt=1)
     max_iterations: int = Field(1000, ge=1)
@@ -129,7 +140,7 @@ def parse(content: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 def _told(error: Any) -> str:
-    place = [str(part) for part in error["loc"] if part not in ("float", "RelativeDamping")]
+    place = [str(part) for part in error["loc"] if not str(part).startswith(("float", "RelativeDamping", "list["))]
     key = ".".join(place)
     if error["type"] == "extra_forbidden":
         known = _fields(place[:-1])

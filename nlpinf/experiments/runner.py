@@ -109,9 +109,8 @@ class Runner:
             self.say("query: done before")
             return
         chain = chain_from_runs([self.out / "pretrain", self.out / "finetune"])
-        damping = (
-            Relative(settings.damping.relative) if isinstance(settings.damping, RelativeDamping) else settings.damping
-        )
+        given = settings.damping if isinstance(settings.damping, list) else [settings.damping] * len(chain.links)
+        damping = [Relative(d.relative) if isinstance(d, RelativeDamping) else d for d in given]
         queries = self.make.queries(chain.stages[-1])
         solves = len(queries) * len(chain.links)
         finished = 0

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from nlpinf.adapters.huggingface import build_task, classifier_from, new_model, shared_names
+from nlpinf.adapters.heads import HeadSettings, TextClassifier
+from nlpinf.adapters.huggingface import build_task, new_model, shared_names
 from nlpinf.adapters.tokenizers import train_tokenizer
 from nlpinf.data import shipped
 from nlpinf.data.corpus import Corpus, read_labelled
@@ -91,7 +92,8 @@ class Recipes:
     def finetune(self, pretrained: Stage, progress: Progress | None = None, label: str = "finetune") -> Stage:
         """Train the second stage from the pretrained encoder, frozen or held near it by the proximity term."""
         settings, seed = self.recipe.finetune, self.recipe.seed
-        model = classifier_from(pretrained.model, settings.labels, seed)
+        head = HeadSettings(settings.head.pooling, settings.head.hidden, settings.labels)
+        model = TextClassifier.on(pretrained.model, head, seed)
         shared = shared_names(pretrained.model, model)
         frozen = settings.transfer == "frozen"
         stage = Stage(
