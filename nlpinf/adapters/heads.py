@@ -73,10 +73,11 @@ class TextClassifier(nn.Module):
 
     def __init__(self, encoder: nn.Module, prefix: str, settings: HeadSettings) -> None:
         super().__init__()
-        self.config: Any = encoder.config
+        config: Any = encoder.config
+        self.config = config
         self.prefix = prefix
         self.add_module(prefix, encoder)
-        self.head = Head(int(self.config.hidden_size), settings)
+        self.head = Head(int(config.hidden_size), settings)
 
     @classmethod
     def on(cls, model: nn.Module, settings: HeadSettings, seed: int = 0) -> TextClassifier:
