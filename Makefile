@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check experiments environment clean
+.PHONY: demo demo-frozen test check experiments environment clean
 
 environment: $(VENV)/.ready
 
@@ -19,6 +19,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt tests/requirements-nodeps.txt
 demo: environment
 	$(BIN)/nlpinf demo
 
+demo-frozen: environment
+	$(BIN)/nlpinf demo --frozen
+
 check: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -27,8 +30,9 @@ check: environment
 test: check
 	$(BIN)/python -m pytest
 
+# The recipes with measured results, one after the other; hours.
 experiments: environment
-	$(BIN)/python -m pytest -m slow
+	for recipe in recipes/*.yaml; do $(BIN)/nlpinf run $$recipe || exit 1; done
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo demo-frozen

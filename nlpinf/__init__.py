@@ -1,5 +1,6 @@
 """nlpinf: which sentences of a pretraining corpus help or harm a finetuned model."""
 
+from nlpinf.data.corpus import Corpus, read_labelled
 from nlpinf.influence import ImplicitSolve, QueryVectors, Relative, query_vectors
 from nlpinf.queries import Query
 from nlpinf.scoring import Scorer, Scores, score
@@ -13,6 +14,7 @@ __all__ = [
     "CausalLM",
     "Chain",
     "Classification",
+    "Corpus",
     "ImplicitSolve",
     "MaskedLM",
     "Proximity",
@@ -25,5 +27,6 @@ __all__ = [
     "SequenceClassification",
     "Stage",
     "query_vectors",
+    "read_labelled",
     "score",
 ]
