@@ -64,9 +64,10 @@ def gauss_newton_product(
     stage: Stage, batch: Batch, tangent: Parameters, names: Sequence[str], sampled: int | None
 ) -> list[Tensor]:
     """Return Σ over the batch of w Jᵀ B J v with B = ∂²ℓ/∂o², or ĝ ĝᵀ with targets drawn by the seed `sampled`."""
-    _, moved = output_tangents(stage, batch, tangent)
-    theta = {n: stage.parameters[n].clone().requires_grad_(True) for n in names}
-    outputs = stage.outputs(batch, theta)
+    theta = {n: stage.parameters[n].clone().requires_grad_(True) for n in {**dict.fromkeys(names), **tangent}}
+    with forward_ad.dual_level():  # one pass gives o with its graph and J v beside it
+        outputs, moved = forward_ad.unpack_dual(_dual_outputs(stage, batch, theta, tangent))
+        moved = torch.zeros_like(outputs) if moved is None else moved.detach()
     with torch.no_grad():
         if sampled is None:
             inner = stage.task.loss.hessian_product(outputs.detach(), batch.targets, moved)
@@ -75,7 +76,7 @@ def gauss_newton_product(
             drawn = stage.task.loss.sampled_gradient(outputs.detach(), batch.uniform(sampled, width))
             inner = drawn * (drawn * moved).sum(-1, keepdim=True)
         inner = inner * stage.item_weights(batch)[:, None]
-    gradients = torch.autograd.grad(outputs, list(theta.values()), inner, allow_unused=True)
+    gradients = torch.autograd.grad(outputs, [theta[n] for n in names], inner, allow_unused=True)
     return [torch.zeros_like(theta[n]) if g is None else g for n, g in zip(names, gradients)]
 
 
