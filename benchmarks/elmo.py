@@ -136,7 +136,7 @@ def bench_text(config: elmo.ElmoConfig, text: list[list[str]], size: int, rounds
     """A whole model on one length-sorted batch from the middle of the text."""
     torch.manual_seed(0)
     vocabulary = elmo.Vocabulary.build(text, size=8000)
-    model = elmo.BidirectionalLM(config, len(vocabulary)).eval()
+    model = elmo.ElmoLM(config, len(vocabulary)).eval()
     text = sorted(text, key=len)
     chosen = text[(len(text) - size) // 2 :][:size]
     batch = elmo.character_batch(chosen)
@@ -170,7 +170,7 @@ def bench_text(config: elmo.ElmoConfig, text: list[list[str]], size: int, rounds
 class Sampled(nn.Module):
     """A language model whose losses use fixed negatives."""
 
-    def __init__(self, model: elmo.BidirectionalLM, negatives: elmo.Negatives) -> None:
+    def __init__(self, model: elmo.ElmoLM, negatives: elmo.Negatives) -> None:
         super().__init__()
         self.model, self.negatives = model, negatives
 
@@ -185,7 +185,7 @@ def bench_original(text: list[list[str]], size: int, rounds: int, clock: Any) ->
     torch.manual_seed(0)
     vocabulary_size = 793_471
     with torch.device("meta"):
-        model = elmo.BidirectionalLM(elmo.ElmoConfig.preset("original"), vocabulary_size)
+        model = elmo.ElmoLM(elmo.ElmoConfig.preset("original"), vocabulary_size)
     model.to_empty(device="cpu").eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,7 +1,8 @@
 """Pretrain and finetune a stage with the Hugging Face Trainer so that what is minimised is the stage's own G, to the letter.
 
-Weight decay is the L2 term of G (Adam's coupled decay), a proximity term is part of the loss, batches are the mean of the
-examples' g(z), dropout is whatever the model has (0 is what makes g a function of z). Everything is a function of the seed.
+Weight decay is the L2 term of G (Adam's coupled decay), a proximity term is part of the loss, the losses of an epoch's
+batches have the mean 1/m Σ g(z), dropout is whatever the model has (0 is what makes g a function of z). Everything is a
+function of the seed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
+from nlpinf import parameters as P
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
 from nlpinf.stages import Stage
@@ -37,7 +39,7 @@ class Anchor:
 
 
 class _Examples(Dataset):
-    """Encoded examples by (position, mask number)."""
+    """Encoded examples by (position, turn, step); see `Task.training_batch`."""
 
     def __init__(self, stage: Stage) -> None:
         self.encoded = stage.task.encode([stage.data[i] for i in range(stage.size)])
@@ -46,16 +48,16 @@ class _Examples(Dataset):
     def __len__(self) -> int:
         return len(self.encoded)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int, int]:
-        position, mask = key
-        return self.encoded[position], self.rows[position], mask
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Any, int, int, int]:
+        position, turn, step = key
+        return self.encoded[position], self.rows[position], turn, step
 
 
 class Schedule:
     """Which examples each step sees: batches of like length in a seeded order, the same whatever rows are left out.
 
     Rows in `exclude` are taken out of their batches and the rest stays as it was, so that a run without them differs from
-    the run with them by nothing else.
+    the run with them by nothing else; a batch that loses all of its rows is an empty one, and its step is taken.
     """
 
     drop_last = False
@@ -80,7 +82,12 @@ class Schedule:
     def __len__(self) -> int:
         return -(-len(self.lengths) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    @property
+    def mean_size(self) -> float:
+        """The mean number of examples of an epoch's batches, left out ones too: the others keep their weight 1/m in G."""
+        return len(self.lengths) / len(self)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         window, batches = self.batch_size * 50, []
@@ -90,9 +97,7 @@ class Schedule:
         mask = self.epoch % self.masks
         self.epoch += 1
         for k in torch.randperm(len(batches), generator=generator).tolist():
-            kept = [(i, mask) for i in batches[k] if i not in self.exclude]
-            if kept:
-                yield kept
+            yield [(i, mask) for i in batches[k] if i not in self.exclude]
 
 
 class _StageTrainer(Trainer):
@@ -106,22 +111,23 @@ class _StageTrainer(Trainer):
         loader = DataLoader(self.examples, batch_sampler=self.schedule, collate_fn=self._collate)  # type: ignore[arg-type]
         return self.accelerator.prepare(loader)
 
-    def _collate(self, chosen: Sequence[tuple[Any, int, int]]) -> dict[str, Any]:
-        encoded, rows, masks = zip(*chosen)
-        task = self.stage.task
-        if isinstance(task, MaskedLM):
-            return {"batch": task.collate(encoded, rows, masks=[masks[0]])}
-        return {"batch": task.collate(encoded, rows)}
+    def _collate(self, chosen: Sequence[tuple[Any, int, int, int]]) -> dict[str, Any]:
+        encoded, rows, turns, steps = zip(*chosen)
+        return {"batch": self.stage.task.training_batch(encoded, rows, turns[0], steps[0])}
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        batch = inputs["batch"].cast(self.stage.dtype)
-        task = self.stage.task
-        losses = task.losses(task.outputs(model, batch), batch) * self.stage.item_weights(batch)
-        if isinstance(task, MaskedLM) and self.stage.reduction == "token":
-            losses = losses * task.masks  # T counts all K masks, of which this batch shows one
-        loss = losses.sum() / len(batch)
+        if inputs["batch"] is None:
+            loss = torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum() * 0.0
+        else:
+            batch = inputs["batch"].cast(self.stage.dtype)
+            task = self.stage.task
+            losses = task.losses(task.outputs(model, batch), batch) * self.stage.item_weights(batch)
+            if isinstance(task, MaskedLM) and self.stage.reduction == "token":
+                losses = losses * task.masks  # T counts all K masks, of which this batch shows one
+            # Divided by the batches' mean size: the rows of a smaller one would else count for more than the others'.
+            loss = losses.sum() / self.schedule.mean_size
         if self.anchor is not None:
             loss = loss + self.anchor.loss(dict(model.named_parameters()))
         return loss
@@ -160,8 +166,10 @@ def train(
 ) -> float:
     """Minimise the stage's G (plus the anchor's α ‖W − W*‖²) from where its model is; the model's weights change in place.
 
-    `exclude` are positions in the stage's data to do without. Returns the mean training loss of the run's last tenth.
+    `exclude` are positions in the stage's data to do without: what is minimised then is G − 1/m Σ_excluded g, that which a
+    score speaks of. Returns the mean training loss of the run's last tenth. Raises `BadInput` where training diverged.
     """
+    exclude = frozenset(exclude)
     if len(exclude) >= stage.size:
         raise BadInput(f"stage {stage.name!r}: every example is left out; keep at least one")
     examples = _Examples(stage)
@@ -200,10 +208,14 @@ def train(
                 trainer.remove_callback(callback)
         if progress is not None:
             trainer.add_callback(_Progress(progress))
-        trainer.train()
-    for name, parameter in named.items():
-        parameter.requires_grad_(required[name])
-        parameter.grad = None
+        try:
+            trainer.train()
+        finally:
+            for name, parameter in named.items():
+                parameter.requires_grad_(required[name])
+                parameter.grad = None
+    if not P.finite(stage.theta):
+        raise BadInput(f"stage {stage.name!r}: the weights became NaN or infinite in training; lower the learning rate")
     log = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tail = log[-max(1, len(log) // 10) :]
     return sum(tail) / len(tail) if tail else float("nan")

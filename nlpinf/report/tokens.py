@@ -12,6 +12,7 @@ from typing import Any
 from nlpinf.parameters import Parameters
 from nlpinf.scoring.forward import forward_scores
 from nlpinf.stages import Stage
+from nlpinf.tasks import Batch
 
 Piece = tuple[str, float | None]
 Shader = Callable[[Sequence[Any], int], list[list[Piece]]]
@@ -63,6 +64,9 @@ def shaded(
     result: list[list[Piece]] = []
     for text, row in zip(texts, rows):
         batch = stage.on_device(task.collate(task.encode([text]), [int(row)]))
+        if (spans := task.spans(text)) is not None:
+            result.append(_by_place(stage, vectors[query], batch, text, spans))
+            continue
         if tokenizer is None or batch.position is None or "input_ids" not in batch.inputs:
             result.append([(text, None)])
             continue
@@ -73,6 +77,18 @@ def shaded(
             located(text, tokenizer, task.settings(), batch.targets.tolist(), positions.tolist(), items[:, 0].tolist())
         )
     return result
+
+
+def _by_place(
+    stage: Stage, vector: Parameters, batch: Batch, text: str, spans: tuple[list[tuple[int, int]], list[str]]
+) -> list[Piece]:
+    """Cut a text at the places that its task names, each with the sum of its items' scores (two directions, say)."""
+    items = forward_scores(stage, [vector], batch).item_scores
+    assert items is not None and batch.position is not None
+    sums: dict[int, float] = {}
+    for place, score in zip(batch.position.tolist(), items[:, 0].tolist()):
+        sums[place] = sums.get(place, 0.0) + score
+    return _cut(text, spans[0], sums, dict(enumerate(spans[1])))
 
 
 def shader(stage: Stage, vectors: Sequence[Parameters]) -> Shader:

@@ -234,7 +234,8 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 def _shown(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """Return what each item predicts (a class, −1 where targets are none) and at which place of its sequence."""
     count = len(batch.example)
-    targets = _numpy(batch.targets) if batch.targets.dim() == 1 and not batch.targets.is_floating_point() else None
+    words = batch.targets if batch.shown is None else batch.shown
+    targets = _numpy(words) if words.dim() == 1 and not words.is_floating_point() else None
     if batch.position is None:
         positions = np.zeros(count, np.int64)
     else:

@@ -1,12 +1,14 @@
 """Tasks: how a batch becomes outputs and losses."""
 
 from nlpinf.tasks.base import Batch, Task
+from nlpinf.tasks.bilm import BidirectionalLM, WordClassification
 from nlpinf.tasks.language import CausalLM, MaskedLM, SequenceClassification
 from nlpinf.tasks.losses import CrossEntropy, OutputLoss, SquaredError
 from nlpinf.tasks.tensors import Classification, Regression
 
 __all__ = [
     "Batch",
+    "BidirectionalLM",
     "CausalLM",
     "Classification",
     "CrossEntropy",
@@ -16,4 +18,5 @@ __all__ = [
     "SequenceClassification",
     "SquaredError",
     "Task",
+    "WordClassification",
 ]

@@ -24,6 +24,7 @@ class Batch:
     `example`   (I,) int64, the item's example: an index into `rows`
     `position`  (I,) int64, the item's place in the flattened (S · length) outputs, None if the outputs are the items
     `sequence`  (S,) int64, the sequence's example
+    `shown`     (I,) int64, the word that each item predicts, where `targets` are other numbers
     """
 
     inputs: dict[str, Tensor]
@@ -32,6 +33,7 @@ class Batch:
     example: Tensor
     sequence: Tensor
     position: Tensor | None = None
+    shown: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -88,6 +90,13 @@ class Task(ABC):
     def collate(self, encoded: Sequence[Any], rows: Sequence[int]) -> Batch:
         """Build the batch of encoded examples with these row numbers."""
 
+    def training_batch(self, encoded: Sequence[Any], rows: Sequence[int], turn: int, step: int) -> Batch:
+        """Build the batch that training sees in an optimizer step; what is drawn is a function of `turn` and `step`.
+
+        `turn` counts the passes over the data, modulo the number of masks an example has.
+        """
+        return self.collate(encoded, rows)
+
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the network's outputs at the counted positions only, (I, classes)."""
@@ -103,6 +112,13 @@ class Task(ABC):
     def counted(self, encoded: Sequence[Any]) -> int:
         """Return the number of counted items of these examples."""
         return len(self.collate(encoded, range(len(encoded))).example)
+
+    def spans(self, example: Any) -> tuple[list[tuple[int, int]], list[str]] | None:
+        """Return (start, end) in the text and the name of every place of the sequence that `Batch.position` counts.
+
+        None where the task's tokenizer tells that, or nothing does; (0, 0) for a place that is not in the text.
+        """
+        return None
 
     def item_module(self, model: nn.Module) -> nn.Module | None:
         """Return the module whose inputs are already the counted items, None if all modules see whole sequences."""

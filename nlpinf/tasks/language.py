@@ -142,6 +142,9 @@ class MaskedLM(_LanguageModel):
         example = sequence[flat // ids.shape[1]]
         return Batch(inputs, rows_tensor, ids.flatten()[flat], example, sequence, flat)
 
+    def training_batch(self, encoded: Sequence[list[int]], rows: Sequence[int], turn: int, step: int) -> Batch:
+        return self.collate(encoded, rows, masks=[turn])
+
     def _keys(self, ids: Tensor, rows: Tensor, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return rows[:, None], number[:, None], torch.arange(ids.shape[1])[None]
 

@@ -97,7 +97,7 @@ CONFIG = elmo.ElmoConfig(character_dim=3, filters=((1, 2), (2, 5)), highways=1, 
 
 def written(folder: Path) -> tuple[Path, Path, Path]:
     torch.manual_seed(0)
-    model = elmo.BidirectionalLM(CONFIG, 7)
+    model = elmo.ElmoLM(CONFIG, 7)
     options, weights = elmo.write_encoder(model.encoder, folder)
     elmo.write_softmax(model.head, folder / "softmax.hdf5")
     return options, weights, folder / "softmax.hdf5"
@@ -115,11 +115,11 @@ def test_language_model_round_trip(tmp_path: Path) -> None:
     vocabulary = elmo.Vocabulary(["<S>", "</S>", "<UNK>", "a", "b", "c", "d"])
     model = elmo.read_language_model(options, weights, softmax, vocabulary)
     torch.manual_seed(0)
-    want = elmo.BidirectionalLM(CONFIG, 7).state_dict()
+    want = elmo.ElmoLM(CONFIG, 7).state_dict()
     assert want.keys() == model.state_dict().keys()
     assert all(torch.equal(want[key], value) for key, value in model.state_dict().items())
     model.save_pretrained(tmp_path / "run")
-    again = elmo.BidirectionalLM.from_pretrained(tmp_path / "run")
+    again = elmo.ElmoLM.from_pretrained(tmp_path / "run")
     assert again.config == CONFIG and all(torch.equal(want[key], value) for key, value in again.state_dict().items())
     assert not again.training and all(p.requires_grad for p in again.parameters())
 
@@ -208,16 +208,16 @@ def test_damaged_files(tmp_path: Path) -> None:
         elmo.read_encoder(options, weights)
     with pytest.raises(NlpinfError, match="no such file"):
         elmo.read_encoder(options, tmp_path / "absent.hdf5")
-    model = elmo.BidirectionalLM(CONFIG, 7)
+    model = elmo.ElmoLM(CONFIG, 7)
     model.save_pretrained(tmp_path / "run")
     file = tmp_path / "run" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(NlpinfError, match="damaged or truncated"):
-        elmo.BidirectionalLM.from_pretrained(tmp_path / "run")
-    elmo.BidirectionalLM(CONFIG, 8).save_pretrained(tmp_path / "other")
+        elmo.ElmoLM.from_pretrained(tmp_path / "run")
+    elmo.ElmoLM(CONFIG, 8).save_pretrained(tmp_path / "other")
     file.write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
     with pytest.raises(NlpinfError, match=r"head.bias has shape \(8,\), expected \(7,\)"):
-        elmo.BidirectionalLM.from_pretrained(tmp_path / "run")
+        elmo.ElmoLM.from_pretrained(tmp_path / "run")
 
 
 def test_vocabularies(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """ELMo: a bidirectional language model that opens bilm-tf's and AllenNLP's files, and trains its own."""
 
-from nlpinf.adapters.elmo.characters import CharacterBatch, character_batch, word_characters
 from nlpinf.adapters.elmo.config import ElmoConfig
 from nlpinf.adapters.elmo.files import (
     read_encoder,
@@ -10,9 +9,11 @@ from nlpinf.adapters.elmo.files import (
     write_encoder,
     write_softmax,
 )
-from nlpinf.adapters.elmo.language_model import BidirectionalLM, Items
+from nlpinf.adapters.elmo.language_model import ElmoLM, Items
 from nlpinf.adapters.elmo.network import ElmoEncoder
-from nlpinf.adapters.elmo.softmax import (
+from nlpinf.data.characters import CharacterBatch, character_batch, word_characters
+from nlpinf.data.vocabulary import Vocabulary
+from nlpinf.tasks.softmax import (
     DEFAULT_NEGATIVES,
     Negatives,
     draw_negatives,
@@ -20,14 +21,13 @@ from nlpinf.adapters.elmo.softmax import (
     sampled_softmax_logits,
     sampled_softmax_losses,
 )
-from nlpinf.adapters.elmo.vocabulary import Vocabulary
 
 __all__ = [
     "DEFAULT_NEGATIVES",
-    "BidirectionalLM",
     "CharacterBatch",
     "ElmoConfig",
     "ElmoEncoder",
+    "ElmoLM",
     "Items",
     "Negatives",
     "Vocabulary",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from nlpinf.adapters.elmo.characters import ALPHABET
+from nlpinf.data.characters import ALPHABET
 from nlpinf.errors import BadInput
+
+MODEL_TYPE = "nlpinf-elmo"
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,40 @@ class ElmoConfig:
     @property
     def n_filters(self) -> int:
         return sum(count for _, count in self.filters)
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of each layer that the encoder returns, both directions together."""
+        return 2 * self.projection_dim
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """LSTM layers; the encoder returns one more, the token layer."""
+        return self.layers
+
+    def save_pretrained(self, folder: str | Path, **more: Any) -> None:
+        """Write config.json: `more`, and the sizes under "encoder"."""
+        path = Path(folder) / "config.json"
+        part = path.with_name(path.name + ".part")
+        content = {"model_type": MODEL_TYPE, **more, "encoder": asdict(self)}
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        part.replace(path)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> tuple[ElmoConfig, dict[str, Any]]:
+        """Read what `save_pretrained` wrote: the sizes, and the whole content of config.json."""
+        path = Path(folder) / "config.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.get("model_type") != MODEL_TYPE:
+                raise BadInput(f"{path}: model_type is {content.get('model_type')!r}, expected {MODEL_TYPE!r}")
+            return cls(**content["encoder"]), content
+        except FileNotFoundError:
+            raise BadInput(f"{path}: no such file; expected a folder written by save_pretrained") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, BadInput):
+                raise
+            raise BadInput(f"{path}: not a configuration of this model ({error}); save the model again") from None
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ElmoConfig:

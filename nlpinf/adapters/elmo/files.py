@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nlpinf.adapters.elmo.characters import ALPHABET
 from nlpinf.adapters.elmo.config import ElmoConfig
-from nlpinf.adapters.elmo.language_model import BidirectionalLM
+from nlpinf.adapters.elmo.language_model import ElmoLM
 from nlpinf.adapters.elmo.network import ElmoEncoder
-from nlpinf.adapters.elmo.vocabulary import Vocabulary
+from nlpinf.data.characters import ALPHABET
+from nlpinf.data.vocabulary import Vocabulary
 from nlpinf.errors import BadInput
 
 SOFTMAX_WEIGHT, SOFTMAX_BIAS = "softmax/W", "softmax/b"
@@ -51,14 +51,14 @@ def read_encoder(options: str | Path, weights: str | Path) -> ElmoEncoder:
 
 def read_language_model(
     options: str | Path, weights: str | Path, softmax: str | Path, vocabulary: Vocabulary | None = None
-) -> BidirectionalLM:
+) -> ElmoLM:
     """Encoder and head from bilm-tf's files; the vocabulary, where given, must have a word for each softmax row."""
     config = read_options(options)
     weight, bias = read_softmax(softmax, config.projection_dim)
     if vocabulary is not None:
         vocabulary.check_size(len(bias), str(softmax))
     with torch.device("meta"):
-        model = BidirectionalLM(config, len(bias))
+        model = ElmoLM(config, len(bias))
     model.encoder = read_encoder(options, weights)
     model.head.weight, model.head.bias = nn.Parameter(weight), nn.Parameter(bias)
     return model.eval()

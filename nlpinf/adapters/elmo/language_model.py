@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,28 +14,28 @@ from torch import Tensor, nn
 
 from nlpinf.adapters.elmo.config import ElmoConfig
 from nlpinf.adapters.elmo.network import ElmoEncoder, Packing, check_batch
-from nlpinf.adapters.elmo.softmax import full_softmax_losses
 from nlpinf.errors import BadInput
-
-FORMAT = "nlpinf-elmo"
+from nlpinf.tasks.softmax import Negatives, sampled_softmax_logits
 
 
 class Items(NamedTuple):
     """The predicted positions of a batch, sentence by sentence: the forward direction's, then the backward one's."""
 
     hidden: Tensor  # (items, projection)
-    targets: Tensor  # (items,) word ids
     sentences: Tensor  # (items,) row in the batch
     directions: Tensor  # (items,) 0 forward, 1 backward
     positions: Tensor  # (items,) the predicted token, counting <S> as 0
 
 
-class BidirectionalLM(nn.Module):
+class ElmoLM(nn.Module):
     """ELMo's pretraining model: an encoder, and one softmax over words that both directions share.
 
-    The loss of a sentence of n words is ½ (mean forward + mean backward) cross-entropy; each direction predicts n + 1
-    tokens (</S> or <S> among them), so it is the mean over its items.
+    Called with `distinct`, `index` and `lengths` (see `ElmoEncoder`) it returns the logits of the batch's items. The loss
+    of a sentence of n words is ½ (mean forward + mean backward) cross-entropy; each direction predicts n + 1 tokens
+    (</S> or <S> among them), so it is the mean over the sentence's items.
     """
+
+    base_model_prefix = "encoder"
 
     def __init__(self, config: ElmoConfig, vocabulary_size: int) -> None:
         super().__init__()
@@ -47,8 +45,8 @@ class BidirectionalLM(nn.Module):
         nn.init.normal_(self.head.weight, std=1.0 / math.sqrt(config.projection_dim))
         nn.init.zeros_(self.head.bias)
 
-    def items(self, distinct: Tensor, index: Tensor, lengths: Tensor, words: Tensor) -> Items:
-        """The top layer's state before each predicted token; `words` (B, T) are word ids, boundaries included.
+    def items(self, distinct: Tensor, index: Tensor, lengths: Tensor) -> Items:
+        """The top layer's state before each predicted token.
 
         The forward direction predicts tokens 1 to L - 1 of a sentence from those before, the backward direction
         tokens 0 to L - 2 from those after.
@@ -66,47 +64,56 @@ class BidirectionalLM(nn.Module):
         if self.training and self.config.dropout:
             hidden = F.dropout(hidden, self.config.dropout)
         target = target.flatten()[order]
-        return Items(hidden, words.flatten()[target], target // width, direction.flatten()[order], target % width)
+        return Items(hidden, target // width, direction.flatten()[order], target % width)
 
-    def forward(self, distinct: Tensor, index: Tensor, lengths: Tensor, words: Tensor) -> Tensor:
-        """The loss of each sentence (B,), by the full softmax."""
-        items = self.items(distinct, index, lengths, words)
-        losses = full_softmax_losses(items.hidden, items.targets, self.head.weight, self.head.bias)
-        sums = losses.new_zeros(len(lengths)).index_add(0, items.sentences, losses)
-        return sums / (2 * (lengths - 1))
+    def forward(
+        self,
+        distinct: Tensor,
+        index: Tensor,
+        lengths: Tensor,
+        words: Tensor | None = None,
+        negatives: Tensor | None = None,
+        tries: Tensor | None = None,
+    ) -> Tensor:
+        """The logits of every item over all words, (items, V).
+
+        With `negatives` (1, K) and `tries` (1,) of `draw_negatives`, and the word ids `words` (B, T), boundaries
+        included: the logits (items, 1 + K) of `sampled_softmax_logits`, whose class 0 is the item's own word.
+        """
+        items = self.items(distinct, index, lengths)
+        if negatives is None:
+            return self.head(items.hidden)
+        if words is None or tries is None:
+            raise BadInput("ELMo: negatives were given without words and tries; give all three or none")
+        drawn = Negatives(negatives.flatten(), int(tries), self.vocabulary_size, ())
+        own = words[items.sentences, items.positions]
+        return sampled_softmax_logits(items.hidden, own, self.head.weight, self.head.bias, drawn)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the softmax, as Hugging Face models do."""
+        return self.head
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, each under another name first."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config: dict[str, Any] = {
-            "model_type": FORMAT,
-            "architectures": [type(self).__name__],
-            "vocabulary_size": self.vocabulary_size,
-            "encoder": asdict(self.config),
-        }
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
         (folder / "model.safetensors.part").replace(folder / "model.safetensors")
-        (folder / "config.json.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / "config.json.part").replace(folder / "config.json")
+        more = {"architectures": [type(self).__name__], "vocabulary_size": self.vocabulary_size}
+        self.config.save_pretrained(folder, **more)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> BidirectionalLM:
+    def from_pretrained(cls, folder: str | Path) -> ElmoLM:
         """Read what `save_pretrained` wrote; the model comes in evaluation mode, in the dtype of its weights."""
         path, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
         for file in (path, weights):
             if not file.is_file():
                 raise BadInput(f"{file}: no such file; expected a folder written by save_pretrained")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            if config.get("model_type") != FORMAT:
-                raise BadInput(f"{path}: model_type is {config.get('model_type')!r}, expected {FORMAT!r}")
-            sizes, vocabulary_size = ElmoConfig(**config["encoder"]), int(config["vocabulary_size"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, BadInput):
-                raise
-            raise BadInput(f"{path}: not a configuration of this model ({error}); save the model again") from None
+        sizes, more = ElmoConfig.from_pretrained(folder)
+        vocabulary_size = more.get("vocabulary_size")
+        if not isinstance(vocabulary_size, int):
+            raise BadInput(f"{path}: no vocabulary_size; expected the config.json of a language model, save it again")
         try:
             tensors = load_file(weights)
         except SafetensorError as error:

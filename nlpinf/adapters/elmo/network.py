@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nlpinf.adapters.elmo.characters import ALPHABET, PADDING
 from nlpinf.adapters.elmo.config import ElmoConfig
+from nlpinf.data.characters import ALPHABET, PADDING
 from nlpinf.errors import BadInput
 
 # Words are convolved in two groups, those of at most this many ids (marks included) and the others.
@@ -64,8 +64,10 @@ class CharacterEncoder(nn.Module):
             nn.init.constant_(linear.bias, -2.0)
 
     def forward(self, characters: Tensor) -> Tensor:
+        """(words, max_characters), or with leading axes that are flattened, to (words, projection_dim)."""
         if characters.shape[-1] != self.config.max_characters:
             raise BadInput(f"character ids: {characters.shape[-1]} a word, expected {self.config.max_characters}")
+        characters = characters.flatten(0, -2)
         lengths = (characters != PADDING).sum(-1)
         is_long = lengths > SHORT_WORD
         n_long = int(is_long.sum())
@@ -283,6 +285,12 @@ class ElmoEncoder(nn.Module):
         layers += [F.embedding(slots, x.flatten(0, 1)).flatten(2) for x in outputs]
         layers = [torch.where(inside, x, x.new_zeros(())) for x in layers]
         return (layers, last) if carry else layers
+
+    def states(self, distinct: Tensor, index: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the layers (B, T − 2, 2 projection) of the words, and the mask (B, T − 2) of those that are there."""
+        layers = self(distinct, index, lengths)
+        place = torch.arange(index.shape[1] - 2, device=index.device)
+        return layers, (place < (lengths - 2)[:, None]).long()
 
 
 def check_batch(index: Tensor, lengths: Tensor) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,6 +80,12 @@ def word_characters(
     return ids + [PADDING] * (max_characters - len(ids)), cut
 
 
+@lru_cache(1 << 16)  # a corpus repeats its words: 17 MB of codes save most of the work of a batch
+def _coded(word: str, max_characters: int, long_words: str) -> tuple[np.ndarray, bool]:
+    ids, cut = word_characters(word, max_characters, long_words)
+    return np.asarray(ids, np.int16), cut
+
+
 def character_batch(
     sentences: Sequence[Sequence[str]], max_characters: int = MAX_CHARACTERS, long_words: str = "truncate"
 ) -> CharacterBatch:
@@ -95,9 +103,9 @@ def character_batch(
         index.append([0, *(rows.setdefault(word, len(rows)) for word in words), 1])
         lengths.append(len(words) + 2)
     width = max(lengths)
-    coded = [word_characters(word, max_characters, long_words) for word in rows]
+    coded = [_coded(word, max_characters, long_words) for word in rows]
     return CharacterBatch(
-        torch.tensor([ids for ids, _ in coded], dtype=torch.int64),
+        torch.from_numpy(np.stack([ids for ids, _ in coded]).astype(np.int64)),
         torch.tensor([row + [0] * (width - len(row)) for row in index], dtype=torch.int64),
         torch.tensor(lengths, dtype=torch.int64),
         sum(cut for _, cut in coded),

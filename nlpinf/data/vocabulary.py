@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nlpinf.adapters.elmo.characters import BEGIN, END
+from nlpinf.data.characters import BEGIN, END
 from nlpinf.errors import BadInput
 
 UNKNOWN = "<UNK>"
@@ -28,6 +30,11 @@ class Vocabulary:
             if word not in self.ids:
                 raise BadInput(f"{source}: no line {word}; expected {', '.join(SPECIAL)} among the words, add it")
         self.begin, self.end, self.unknown = (self.ids[word] for word in SPECIAL)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The sha256 of the words in order, UTF-8, each followed by "\\n": that of the file that `write` makes."""
+        return hashlib.sha256("".join(word + "\n" for word in self.words).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.words)
