@@ -94,10 +94,10 @@ class Schedule:
         for start in range(0, len(order), window):  # sorted inside a window only: random enough, half the padding
             near = sorted(order[start : start + window], key=lambda i: self.lengths[i])
             batches += [near[i : i + self.batch_size] for i in range(0, len(near), self.batch_size)]
-        mask = self.epoch % self.masks
+        turn, start = self.epoch % self.masks, self.epoch * len(batches)
         self.epoch += 1
-        for k in torch.randperm(len(batches), generator=generator).tolist():
-            yield [(i, mask) for i in batches[k] if i not in self.exclude]
+        for step, k in enumerate(torch.randperm(len(batches), generator=generator).tolist(), start):
+            yield [(i, turn, step) for i in batches[k] if i not in self.exclude]
 
 
 class _StageTrainer(Trainer):
@@ -112,6 +112,8 @@ class _StageTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def _collate(self, chosen: Sequence[tuple[Any, int, int, int]]) -> dict[str, Any]:
+        if not chosen:
+            return {"batch": None}
         encoded, rows, turns, steps = zip(*chosen)
         return {"batch": self.stage.task.training_batch(encoded, rows, turns[0], steps[0])}
 
