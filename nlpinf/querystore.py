@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,12 +21,29 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 
 
+def claim(folder: str | Path) -> Path:
+    """Say whether a query may be saved in `folder`: one that is new, empty, or left by a save that was interrupted.
+
+    Raises `BadInput` if it holds a query or other files. Makes nothing, so it can be asked before the long work.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder}: is a file; give a new folder for the query")
+    names = {p.name for p in folder.iterdir()} if folder.exists() else set()
+    if MANIFEST in names:
+        raise BadInput(f"{folder}: holds a query already; give a new folder, or delete this one")
+    if strange := [name for name in names if not name.startswith(("vectors-", MANIFEST))]:
+        raise BadInput(f"{folder}: holds other files ({min(strange)}); give a new folder for the query")
+    return folder
+
+
 def save(vectors: QueryVectors, folder: str | Path, chain: Chain) -> Path:
     """Write a query folder; every stage of `chain` must have been opened from a run folder. Returns its path.
 
-    The manifest is written last, so that a folder without one is a run that was interrupted.
+    The manifest is written last, so that a folder without one is a run that was interrupted. It names the runs by their
+    place relative to the folder, so that both may be moved together.
     """
-    folder = Path(folder)
+    folder = claim(folder)
     runs = []
     for stage in chain.stages:
         if "run" not in stage.record:
@@ -35,15 +53,14 @@ def save(vectors: QueryVectors, folder: str | Path, chain: Chain) -> Path:
         runs.append(
             {
                 "name": stage.name,
-                "run": stage.record["run"],
+                "run": Path(os.path.relpath(stage.record["run"], folder)).as_posix(),
                 "weights": stage.record["weights"],
                 "data": stage.record["data"],
             }
         )
     folder.mkdir(parents=True, exist_ok=True)
-    if strange := [p.name for p in folder.iterdir() if p.name != MANIFEST and not p.name.startswith("vectors-")]:
-        raise BadInput(f"{folder}: holds other files ({min(strange)}); give a new folder for the query")
-    (folder / MANIFEST).unlink(missing_ok=True)
+    for stale in folder.iterdir():
+        stale.unlink()
     queries = []
     for i, (query, vector, verdicts, value) in enumerate(
         zip(vectors.queries, vectors.vectors, vectors.verdicts, vectors.values)
@@ -94,7 +111,9 @@ def load(folder: str | Path, *, run: str | Path | None = None, data: Any = None)
     folder = Path(folder)
     content = manifest(folder)
     first = content["chain"][0]
-    where = Path(run or first["run"])
+    where = Path(run) if run is not None else Path(os.path.normpath(folder / first["run"]))
+    if not where.is_dir():
+        raise BadInput(f"{where}: the pretraining run of {folder} is not there; say where it is (--pretrain)")
     stage = stage_from_run(where, data=data)
     if stage.record["weights"] != first["weights"]:
         raise BadInput(

@@ -108,8 +108,11 @@ def new_model(
     if unknown := [n for n in fields if not hasattr(known, n)]:
         raise BadInput(f"a {kind} config has no field {unknown[0]!r}; see the transformers documentation of this model")
     torch.manual_seed(seed)
-    with quiet_loading():
-        return AUTO_MODELS[task].from_config(AutoConfig.for_model(kind, **{**defaults, **fields}))
+    try:
+        with quiet_loading():
+            return AUTO_MODELS[task].from_config(AutoConfig.for_model(kind, **{**defaults, **fields}))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise BadInput(f"a {kind} model of {fields} cannot be made for {task}: {one_line(error)}") from error
 
 
 def shared_names(parent: nn.Module, child: nn.Module) -> list[str]:
@@ -150,7 +153,10 @@ def save_run(stage: Stage, folder: str | Path, **record: Any) -> Path:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON under another name, then rename it, so that no half-written file has the name."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, path)
 
 
@@ -192,7 +198,7 @@ def stage_from_run(folder: str | Path, *, data: Any = None, **changes: Any) -> S
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such run folder")
-    record = read_json(folder / RECORD, "a run that nlpinf recorded")
+    record = _record(folder)
     _readable(folder)
     recorded = record.get("weights", {})
     for name, digest in weight_files(folder).items():
@@ -201,9 +207,10 @@ def stage_from_run(folder: str | Path, *, data: Any = None, **changes: Any) -> S
     try:
         with quiet_loading():
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            opener: Any = TextClassifier if (folder / HEAD).exists() else AUTO_MODELS[record["task"]["name"]]
-            model = opener.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+            model = _opened(folder, record["task"].get("name"))
+    except BadInput:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise BadInput(
             f"{folder}: cannot be opened as a {record['task'].get('name')} model: {one_line(error)}"
         ) from error
@@ -212,7 +219,12 @@ def stage_from_run(folder: str | Path, *, data: Any = None, **changes: Any) -> S
         raise BadInput(
             f"{folder}: the tokenizer has {len(tokenizer)} words, the embedding {embeddings.weight.shape[0]}; they are of different runs"
         )
-    task = build_task({**record["task"], **changes.pop("task", {})}, tokenizer)
+    try:
+        task = build_task({**record["task"], **changes.pop("task", {})}, tokenizer)
+    except TypeError as error:
+        raise BadInput(
+            f"{folder / RECORD}: the task's settings are not known ({error}); record the run again"
+        ) from None
     settings: dict[str, Any] = {
         "weight_decay": record["weight_decay"],
         "reduction": record["reduction"],
@@ -223,7 +235,32 @@ def stage_from_run(folder: str | Path, *, data: Any = None, **changes: Any) -> S
     kept = {**record, "run": str(folder)}
     if data is not None:
         kept.pop("items", None)  # T is that of the recorded corpus
-    return Stage(model, task, examples, **{**settings, "record": kept, **changes})
+    try:
+        return Stage(model, task, examples, **{**settings, "record": kept, **changes})
+    except BadInput as error:
+        raise BadInput(f"{folder}: {error}") from None
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    record = read_json(path, "a run that nlpinf recorded")
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise BadInput(f"{path}: is no record of a run of format {FORMAT}; record the run again")
+    for key, kind in {"task": dict, "reduction": str, "weight_decay": dict, "trained": list, "data": dict}.items():
+        if not isinstance(record.get(key), kind):
+            raise BadInput(f"{path}: the field {key!r} is missing or of another type; record the run again")
+    return record
+
+
+def _opened(folder: Path, name: Any) -> Any:
+    if (folder / HEAD).exists():
+        return TextClassifier.from_pretrained(folder)
+    if name not in AUTO_MODELS:
+        raise BadInput(f"{folder / RECORD}: task {name!r} is unknown; there are {', '.join(AUTO_MODELS)}")
+    model, loading = AUTO_MODELS[name].from_pretrained(folder, output_loading_info=True)
+    if absent := sorted(loading["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise BadInput(f"{folder}: its weights have no {absent[0]!r}, which a {name} model has; save the whole model")
+    return model
 
 
 def one_line(error: BaseException) -> str:
@@ -264,17 +301,17 @@ def _data(folder: Path, record: dict[str, Any], data: Any, task: Task) -> Any:
     return examples
 
 
-def chain_from_runs(folders: Sequence[str | Path], **changes: Any) -> Chain:
-    """Open runs, the pretraining first, as a Chain; the transfer of each is as it was recorded."""
+def chain_from_runs(folders: Sequence[str | Path], *, alpha: float | None = None, **changes: Any) -> Chain:
+    """Open runs, the pretraining first, as a Chain; the transfer of each is as it was recorded.
+
+    `alpha` is the proximity of runs that recorded none. Raises `BadInput` if a run recorded another one: an α that a
+    run was trained with is used as it is.
+    """
+    given = None if alpha is None else Proximity(alpha)
     stages = [stage_from_run(folder, **changes) for folder in folders]
     transfers: list[Transfer] = []
     for folder, stage in zip(folders[1:], stages[1:]):
-        how = stage.record.get("transfer")
-        if how is None:
-            raise BadInput(
-                f"{Path(folder) / RECORD}: no transfer is recorded; say how the encoder was passed on (frozen or proximity)"
-            )
-        transfers.append("frozen" if how == "frozen" else Proximity(float(how["proximity"])))
+        transfers.append(_transfer(Path(folder) / RECORD, stage.record.get("transfer"), given))
     for parent, folder, stage in zip(stages, folders[1:], stages[1:]):
         _same_tokenizer(parent, stage, Path(folder))
         expected = stage.record.get("parent", {}).get("weights")
@@ -283,6 +320,29 @@ def chain_from_runs(folders: Sequence[str | Path], **changes: Any) -> Chain:
                 f"{folder}: was finetuned from other weights than those in {parent.record['run']} (sha256 differs); give the run that it descends from"
             )
     return Chain(stages, transfer=transfers)
+
+
+def _transfer(path: Path, recorded: Any, given: Proximity | None) -> Transfer:
+    if recorded is None:
+        if given is None:
+            raise BadInput(
+                f'{path}: no transfer is recorded; give the proximity α (--alpha), or add "transfer": "frozen" to the file'
+            )
+        return given
+    how: Transfer
+    if recorded == "frozen":
+        how = "frozen"
+    elif isinstance(recorded, dict) and isinstance(recorded.get("proximity"), int | float):
+        try:
+            how = Proximity(float(recorded["proximity"]))
+        except BadInput as error:
+            raise BadInput(f"{path}: {error}") from None
+    else:
+        raise BadInput(f'{path}: the transfer {recorded!r} is neither "frozen" nor {{"proximity": α}}; correct it')
+    if given is not None and given != how:
+        told = "frozen" if how == "frozen" else f"trained with α = {recorded['proximity']}"
+        raise BadInput(f"{path}: the run was {told}, but α = {given.alpha} was given; leave --alpha out")
+    return how
 
 
 def _same_tokenizer(parent: Stage, stage: Stage, folder: Path) -> None:

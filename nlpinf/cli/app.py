@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -15,7 +16,6 @@ from nlpinf.errors import NlpinfError
 app = typer.Typer(
     name="nlpinf",
     help="Which sentences of a pretraining corpus help or harm a finetuned model. Positive scores are harmful.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -38,15 +38,32 @@ for module in (demo, run, query, score, top, report, check):
     module.add(app)
 
 
+# typer carries a click of its own or uses the installed one; either way this is the ancestor of usage errors.
+_UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
+
+
 def main() -> None:
-    """Run the command line."""
+    """Run the command line. Errors of the user's making end in one line on stderr and exit status 2."""
     try:
-        app()
-    except NlpinfError as error:
+        status = app(sys.argv[1:] or ["--help"], prog_name="nlpinf", standalone_mode=False)
+    except (NlpinfError, _UsageError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            sys.stderr.close()
+            sys.exit(1)
         if os.environ.get("NLPINF_DEBUG"):
             raise
-        print(f"nlpinf: {error}", file=sys.stderr)
+        print(f"nlpinf: {_told(error)}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
+    except typer.Abort:
+        sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _told(error: Any) -> str:
+    if isinstance(error, OSError):
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"{where}{error.strerror or ' '.join(str(error).split())}; check the path, its rights and the disk"
+    if not isinstance(error, _UsageError):
+        return str(error)
+    command = error.ctx.command_path if error.ctx is not None else "nlpinf"
+    return f"{' '.join(error.format_message().split()).rstrip('.')}; `{command} --help` tells more"

@@ -22,7 +22,7 @@ Report = Callable[[str, int, int, str], None]
 
 @contextmanager
 def bars() -> Iterator[Report]:
-    """Yield a function (step, done, total, note) that draws one bar a step on stderr; silent where it is no terminal."""
+    """Yield a function (step, done, total, note) that draws a bar for each step on stderr, or names it where stderr is no terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -32,13 +32,20 @@ def bars() -> Iterator[Report]:
         TextColumn("{task.fields[note]}"),
     )
     tasks: dict[str, Any] = {}
-    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+    if not err.is_terminal:
+
+        def line(step: str, done: int, total: int, note: str = "") -> None:
+            if step not in tasks:
+                tasks[step] = None
+                err.print(f"{step} ...", highlight=False)
+
+        yield line
+        return
+    with Progress(*columns, console=err) as progress:
 
         def report(step: str, done: int, total: int, note: str = "") -> None:
             if step not in tasks:
                 tasks[step] = progress.add_task(step, total=total, note=note)
-                if not err.is_terminal:
-                    err.print(f"{step} ...", highlight=False)
             progress.update(tasks[step], completed=done, total=total, note=note)
 
         yield report

@@ -18,7 +18,6 @@ from nlpinf.experiments.stages import misclassified as wrong_rows
 from nlpinf.influence import Relative, query_vectors
 from nlpinf.queries import Query
 from nlpinf.solvers import CG
-from nlpinf.stages import Chain, Proximity
 
 
 class CurvatureName(str, Enum):
@@ -62,11 +61,11 @@ def query(
 
     Example: nlpinf query --pretrain demo/pretrain --finetune demo/finetune --test demo/data/test.jsonl --out query
     """
-    if relative_damping < 0 or (damping is not None and damping < 0):
-        raise BadInput("the damping is negative; give 0 or more")
-    chain = chain_from_runs([pretrain, *finetune])
-    if alpha is not None:
-        chain = Chain(chain.stages, transfer=Proximity(alpha))
+    for option, value in (("--damping", damping), ("--relative-damping", relative_damping)):
+        if value is not None and not 0 <= value < float("inf"):
+            raise BadInput(f"{option} is {value}; the damping must be a number of at least 0")
+    querystore.claim(out)
+    chain = chain_from_runs([pretrain, *finetune], alpha=alpha)
     last = chain.stages[-1]
     rows = read_labelled(shipped.resolve(test), getattr(last.task, "labels", None))
     queries = [Query.mean_loss(rows, "mean test loss")]

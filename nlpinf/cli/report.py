@@ -21,6 +21,7 @@ def report(
     scores: Path = typer.Argument(help="Scores folder."),
     out: Path | None = typer.Option(None, "--out", help="The page (default: report.html beside the scores folder)."),
     query: Path | None = typer.Option(None, "--query", help="Query folder: shades the words of the sentences shown."),
+    pretrain: Path | None = typer.Option(None, help="The pretraining run, where it was moved since the query."),
     examples: int = typer.Option(20, help="Sentences in each table."),
     json_: bool = typer.Option(False, "--json", help="Print the path as JSON."),
 ) -> None:
@@ -31,7 +32,7 @@ def report(
     opened = Scores.open(scores)
     shade = None
     if query is not None:
-        vectors = querystore.load(query)
+        vectors = querystore.load(query, run=pretrain)
         shade = page.shader(vectors.stage, vectors.vectors)
     path = page.write(opened, out or scores.parent / "report.html", examples=examples, shade=shade)
     if json_:

@@ -25,6 +25,7 @@ def score(
     corpus: str | None = typer.Option(
         None, help="Text, one sentence a line (.txt, .jsonl, .gz); default: the run's own corpus."
     ),
+    pretrain: Path | None = typer.Option(None, help="The pretraining run, where it was moved since the query."),
     empty: str = typer.Option("error", help="Empty lines: 'error' or 'skip'."),
     token_scores: bool = typer.Option(False, help="Keep the score of every counted token."),
     mode: str = typer.Option("auto", help="'forward', 'reverse' or 'auto'."),
@@ -39,7 +40,7 @@ def score(
         raise BadInput(f"--empty {empty} is neither error nor skip")
     if mode not in ("auto", "forward", "reverse"):
         raise BadInput(f"--mode {mode} is none of auto, forward, reverse")
-    vectors = querystore.load(query)
+    vectors = querystore.load(query, run=pretrain)
     data = None if corpus is None else Corpus.read(shipped.resolve(corpus), empty=empty)  # type: ignore[arg-type]
     with console.bars() as bars:
         scores = score_corpus(

@@ -123,7 +123,9 @@ def load(path: str | Path) -> Recipe:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such recipe") from None
+        raise BadInput(f"{path}: no such recipe; give the path of a YAML file") from None
+    except IsADirectoryError:
+        raise BadInput(f"{path}: is a folder; give the recipe file in it") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
@@ -147,7 +149,7 @@ def _told(error: Any) -> str:
         near = difflib.get_close_matches(place[-1], known, 1, 0.0) if known else []
         return f"there is no key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
     if error["type"] == "missing":
-        return f"the key {key!r} is missing"
+        return f"the key {key!r} is missing; add it"
     return f"{key}: {error['msg'][:1].lower()}{error['msg'][1:]}, not {error['input']!r}"
 
 
@@ -164,7 +166,9 @@ def _fields(place: list[str]) -> list[str]:
 
 def dump(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe, every default spelt out."""
-    path.write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    part = path.with_name(path.name + ".part")
+    part.write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    part.replace(path)
 
 
 def difference(one: Recipe, two: Recipe) -> str | None:

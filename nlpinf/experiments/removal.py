@@ -19,12 +19,18 @@ class Removal:
     predicted: float
 
 
+def removed_rows(share: float, rows: int) -> int:
+    """Return how many of `rows` rows a share is; raise `BadInput` if that is none or all of them."""
+    count = round(share * rows)
+    if not 0 < count < rows:
+        raise BadInput(f"a share of {share} of {rows} rows is {count} rows; it must leave some and take some")
+    return count
+
+
 def removals(scores: Scores, share: float, draws: int, seed: int = 0, query: int = 0) -> list[Removal]:
     """Return the most harmful `share` of the rows, `draws` random sets of as many, and the most helpful."""
     values, rows = scores.column(query).astype(np.float64), scores.rows
-    count = round(share * len(rows))
-    if not 0 < count < len(rows):
-        raise BadInput(f"a share of {share} of {len(rows)} rows is {count} rows; it must leave some and take some")
+    count = removed_rows(share, len(rows))
     order = np.argsort(-values, kind="stable")
     generator = np.random.default_rng(seed)
     chosen = {"most harmful": order[:count]}

@@ -14,6 +14,7 @@ from typing import Any
 
 from nlpinf import querystore, report
 from nlpinf.adapters.huggingface import RECORD, chain_from_runs, read_json, save_run, versions, write_json
+from nlpinf.data import shipped
 from nlpinf.errors import BadInput
 from nlpinf.experiments import recipe as recipes
 from nlpinf.experiments.recipe import Recipe, RelativeDamping
@@ -58,7 +59,7 @@ class Runner:
             return
         if self.out.exists() and any(self.out.iterdir()):
             raise BadInput(f"{self.out}: is not empty and holds no recipe run; give another folder with --out")
-        self.make.corpus, self.make.labelled  # noqa: B018  bad data ends here, before a folder is made
+        self.make.check()  # bad input ends here, before a folder is made
         self.out.mkdir(parents=True, exist_ok=True)
         recipes.dump(self.recipe, path)
 
@@ -84,7 +85,8 @@ class Runner:
             pretrained = Stage.from_run(pretrain)
         else:
             pretrained = self.make.pretrain(progress=self.progress)
-            where = self.recipe.pretrain.corpus
+            where = str(self.make.corpus.path)
+            where = where if where.startswith(shipped.PREFIX) else str(Path(where).resolve())
             data = {"path": where, "reading": {"empty": self.recipe.pretrain.empty}}
             save_run(pretrained, pretrain, data=data, training=self.recipe.pretrain.training.model_dump(), **seeds)
         for name, rows in zip(("train", "test"), self.make.labelled):
@@ -145,15 +147,18 @@ class Runner:
         return score(vectors, out=self.out / "scores", part_rows=2048, progress=report_rows)
 
     def _report(self, scores: Scores, removal: list[dict[str, Any]]) -> Path:
+        page = self.out / "report.html"
+        sources = [self.out / "recipe.yaml", *(self.out / "scores").iterdir(), *(self.out / "removal").glob("*.json")]
+        if page.exists() and page.stat().st_mtime_ns > max(path.stat().st_mtime_ns for path in sources):
+            self.say("report: done before")
+            return page
         vectors = querystore.load(self.out / "query")
         shade = report.shader(vectors.stage, vectors.vectors)
         shown = [
             {"name": r["name"], "rows": len(r["rows"]), **{k: r[k] for k in ("predicted", "actual", "accuracy")}}
             for r in removal
         ]
-        return report.write(
-            scores, self.out / "report.html", examples=self.recipe.report.examples, shade=shade, removal=shown or None
-        )
+        return report.write(scores, page, examples=self.recipe.report.examples, shade=shade, removal=shown or None)
 
     def _remove(self, scores: Scores) -> list[dict[str, Any]]:
         assert self.recipe.remove is not None

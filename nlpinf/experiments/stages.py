@@ -9,15 +9,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from nlpinf.adapters.heads import HeadSettings, TextClassifier
 from nlpinf.adapters.huggingface import build_task, new_model, shared_names
 from nlpinf.adapters.tokenizers import train_tokenizer
-from nlpinf.data import shipped
 from nlpinf.data.corpus import Corpus, read_labelled
 from nlpinf.errors import BadInput
 from nlpinf.experiments.recipe import Recipe, TrainingSettings
+from nlpinf.experiments.removal import removed_rows
 from nlpinf.queries import Query
 from nlpinf.stages import Chain, Proximity, Stage, evaluation
 from nlpinf.tasks import SequenceClassification
@@ -43,15 +44,15 @@ class Recipes:
     @cached_property
     def corpus(self) -> Corpus:
         """The pretraining corpus."""
-        return Corpus.read(shipped.resolve(self.recipe.pretrain.corpus), empty=self.recipe.pretrain.empty)
+        return Corpus.read(self.recipe.pretrain.corpus, empty=self.recipe.pretrain.empty)
 
     @cached_property
     def labelled(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The finetuning rows and the test rows."""
         settings = self.recipe.finetune
-        rows = read_labelled(shipped.resolve(settings.data), settings.labels, training=True)
+        rows = read_labelled(settings.data, settings.labels, training=True)
         if settings.test is not None:
-            return rows, read_labelled(shipped.resolve(settings.test), settings.labels)
+            return rows, read_labelled(settings.test, settings.labels)
         random.Random(self.recipe.seed).shuffle(rows)
         held_out = max(1, round(settings.test_share * len(rows)))
         if held_out >= len(rows):
@@ -67,12 +68,36 @@ class Recipes:
         texts = (self.corpus[i] for i in range(len(self.corpus)))
         return train_tokenizer(settings.kind, texts, settings.size, lowercase=settings.lowercase)
 
+    def check(self) -> None:
+        """Raise `BadInput` for what can be known to be wrong before anything is trained or written."""
+        recipe, rows = self.recipe, len(self.corpus)
+        if recipe.query.sample is not None and recipe.query.sample > rows:
+            raise BadInput(
+                f"query.sample is {recipe.query.sample} rows, but {recipe.pretrain.corpus} has {rows}; give at most that"
+            )
+        if isinstance(recipe.query.damping, list) and len(recipe.query.damping) != 2:
+            raise BadInput(
+                f"query.damping lists {len(recipe.query.damping)} values for 2 stages; give pretraining's and finetuning's"
+            )
+        if recipe.remove is not None:
+            removed_rows(recipe.remove.share, rows)
+        if len({row["label"] for row in self.labelled[0]}) < 2:
+            raise BadInput(
+                f"{recipe.finetune.data}: the rows left to train on are all of one class; make test_share smaller"
+            )
+        self.new_model()
+
+    def new_model(self) -> nn.Module:
+        """The pretraining model at its seeded initialisation."""
+        settings = self.recipe.pretrain
+        return new_model(settings.task, settings.model, self.tokenizer, settings.max_length, self.recipe.seed)
+
     def pretrain(
         self, exclude: Collection[int] = (), progress: Progress | None = None, label: str = "pretrain"
     ) -> Stage:
         """Train the first stage from its seeded initialisation, without the rows `exclude`."""
         settings, seed = self.recipe.pretrain, self.recipe.seed
-        model = new_model(settings.task, settings.model, self.tokenizer, settings.max_length, seed)
+        model = self.new_model()
         options: dict[str, Any] = {"name": settings.task, "max_length": settings.max_length}
         if settings.task == "masked_lm":
             options |= {"masks": settings.masks, "probability": settings.probability, "seed": seed}
