@@ -141,11 +141,49 @@ class _Overflow(_Sound):
         return x + torch.log(x - 10)
 
 
-class _NoForwardMode(_Sound):
-    """SiLU has a first derivative in forward mode, and none of second order."""
+class _Silu(_Sound):
+    """SiLU's backward pass has no forward mode; double backward does without."""
 
     def middle(self, x: Tensor) -> Tensor:
         return F.silu(x)
+
+
+class _Slope(torch.autograd.Function):
+    """2x, with no derivative of either mode."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+
+class _OnceOnly(torch.autograd.Function):
+    """x², with first derivatives in both modes, and none of second order."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _Slope.apply(*ctx.saved_tensors) * grad
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * tangent
+
+
+class _NoSecondDerivative(_Sound):
+    def middle(self, x: Tensor) -> Tensor:
+        return _OnceOnly.apply(x)
 
 
 def _stage(model: nn.Module, dtype: torch.dtype = torch.float32) -> Stage:
@@ -242,10 +280,14 @@ def test_bfloat16_fails_by_rounding_alone() -> None:
 
 
 def test_what_cannot_be_computed_fails_with_the_reason() -> None:
-    checks = check(_stage(_NoForwardMode()))
+    checks = check(_stage(_NoSecondDerivative()))
     assert _failed(checks) == {"Hessian product"}
     line = next(c for c in checks if c.name == "Hessian product")
-    assert line.figure is None and "silu_backward" in line.advice and "ggn" in line.advice
+    assert line.figure is None and "could not be computed (NotImplementedError" in line.advice and "ggn" in line.advice
+
+
+def test_second_derivatives_do_without_forward_mode() -> None:
+    assert _failed(check(_stage(_Silu()))) == set()
 
 
 def test_not_finite_fails() -> None:

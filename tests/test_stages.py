@@ -18,6 +18,7 @@ from nlpinf.stages import Chain, Proximity, Stage, evaluation, fingerprint, leng
 from nlpinf.tasks import Classification
 from tests import oracle
 from tests.cases import FAMILIES, Mlp, Tagger, case, scores_of
+from tests.gated import gated_stage
 
 DATA = [(torch.tensor([1.0, -1.0, 0.5]), 0), (torch.tensor([0.3, 2.0, -1.0]), 1)]
 
@@ -26,7 +27,7 @@ def kernels() -> tuple[bool, ...]:
     cuda = torch.backends.cuda
     return (
         cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled(),
-        torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled,
+        torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, torch.backends.mha.get_fastpath_enabled(),
     )  # fmt: skip
 
 
@@ -39,14 +40,67 @@ def test_evaluation_restores_what_it_found() -> None:
     assert len(set(modes)) == 2
     with evaluation(model):
         assert not any(m.training for m in model.modules())
-        assert kernels() == (False, False, True, False, False, False)
+        assert kernels() == (False, False, True, False, False, False, False)
         with evaluation(model):
             pass
-        assert kernels() == (False, False, True, False, False, False)
+        assert kernels() == (False, False, True, False, False, False, False)
     assert ([m.training for m in model.modules()], kernels()) == (modes, before)
     with pytest.raises(RuntimeError, match="inside"), evaluation(model):
         raise RuntimeError("inside")
     assert ([m.training for m in model.modules()], kernels()) == (modes, before)
+
+
+def test_evaluation_takes_experts_one_by_one() -> None:
+    """Fused products of experts have no forward mode; the choice is put back, also when the inside raises."""
+    model = gated_stage("mixtral").model
+    wrapped = nn.Sequential(model)  # a model inside the user's own
+    before = model.config._experts_implementation
+    assert before != "eager"
+    with evaluation(wrapped):
+        assert model.config._experts_implementation == "eager"
+    assert model.config._experts_implementation == before
+    with pytest.raises(RuntimeError, match="inside"), evaluation(wrapped):
+        raise RuntimeError("inside")
+    assert model.config._experts_implementation == before
+
+
+class Encoder(nn.Module):
+    """`nn.TransformerEncoder` under a padding mask, mean over the words, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.1, batch_first=True)
+        self.words, self.encoder, self.out = nn.Embedding(7, 4), nn.TransformerEncoder(layer, 2), nn.Linear(4, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        padding = ids == 0
+        hidden = self.encoder(self.words(ids), src_key_padding_mask=padding)
+        kept = (~padding)[..., None].to(hidden)
+        return self.out((hidden * kept).sum(1) / kept.sum(1))
+
+
+def test_transformer_encoder_keeps_off_its_fast_path() -> None:
+    """The fast path, taken without gradients, has no derivatives: scores are compared with backward passes."""
+    torch.manual_seed(0)
+    data = [
+        (torch.tensor(ids), i % 3) for i, ids in enumerate([[1, 2, 3, 4], [5, 6, 0, 0], [2, 0, 0, 0], [4, 4, 1, 0]])
+    ]
+    stage = Stage(Encoder().double(), Classification(), data)
+    v = P.random_like(stage.theta, 1)
+    found = scores_of(stage, [v])[:, 0]
+    for i, (ids, label) in enumerate(data):
+        theta = {n: t.clone().requires_grad_(True) for n, t in stage.theta.items()}
+        short = ids[ids != 0][None]  # alone, without padding, with gradients: no fast path
+        loss = nn.functional.cross_entropy(
+            torch.func.functional_call(stage.model.eval(), theta, (short,)), torch.tensor([label])
+        )
+        gradient = torch.autograd.grad(loss, list(theta.values()))
+        expected = sum(float((g * v[n]).sum()) for n, g in zip(theta, gradient))
+        assert float(found[i]) == pytest.approx(expected, rel=1e-9)
+        with evaluation(stage.model), torch.no_grad():
+            (batch,) = stage.batches([i])
+            assert float(stage.example_losses(batch)) == pytest.approx(float(loss), rel=1e-12)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,17 +7,19 @@ With outputs o = o(θ), their Jacobian J, the item weights w of the stage's redu
     fisher    1/n Σ w   Jᵀ ĝ ĝᵀ J v,  ĝ = ∂ℓ/∂o at a target drawn from the model, fixed by (seed, row)
 
 J v is a forward-mode pass, Jᵀ u a reverse-mode pass, and what lies between them is closed form at the outputs, so that
-the peak is the model, two copies of the parameters and one batch of activations and outputs.
+the peak is the model, two copies of the parameters and one batch of activations and outputs. The Hessian product of a
+network whose backward pass has no forward mode (SiLU's, so Llama's and Mixtral's) is reverse mode over reverse mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Literal
+from weakref import WeakSet
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 
 from nlpinf import parameters as P
 from nlpinf.curvature.operators import Operator
@@ -27,6 +29,8 @@ from nlpinf.stages import Stage, evaluation
 from nlpinf.tasks import Batch
 
 CurvatureKind = Literal["hessian", "ggn", "fisher"]
+
+_reverse_only: WeakSet[nn.Module] = WeakSet()  # models whose backward pass turned out to have no forward mode
 
 
 def _dual_outputs(stage: Stage, batch: Batch, theta: Parameters, tangent: Parameters) -> Tensor:
@@ -43,7 +47,19 @@ def output_tangents(stage: Stage, batch: Batch, tangent: Parameters) -> tuple[Te
 
 
 def hessian_product(stage: Stage, batch: Batch, tangent: Parameters, names: Sequence[str]) -> list[Tensor]:
-    """Return Σ over the batch of ∂_v ∇_names g(z): forward mode over reverse mode, exact."""
+    """Return Σ over the batch of ∂_v ∇_names g(z), exact.
+
+    Forward mode over reverse mode; from the first `NotImplementedError` on, reverse over reverse for that model.
+    """
+    if stage.model not in _reverse_only:
+        try:
+            return _forward_over_reverse(stage, batch, tangent, names)
+        except NotImplementedError:
+            _reverse_only.add(stage.model)
+    return _reverse_over_reverse(stage, batch, tangent, names)
+
+
+def _forward_over_reverse(stage: Stage, batch: Batch, tangent: Parameters, names: Sequence[str]) -> list[Tensor]:
     theta = {n: stage.parameters[n].clone().requires_grad_(True) for n in {**dict.fromkeys(names), **tangent}}
     weights, loss = stage.item_weights(batch)[:, None], stage.task.loss
     with forward_ad.dual_level():
@@ -58,6 +74,27 @@ def hessian_product(stage: Stage, batch: Batch, tangent: Parameters, names: Sequ
         gradients = torch.autograd.grad(dual, [theta[n] for n in names], cotangent, allow_unused=True)
         tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradients]
     return [torch.zeros_like(theta[n]) if t is None else t.detach() for n, t in zip(names, tangents)]
+
+
+def _reverse_over_reverse(stage: Stage, batch: Batch, tangent: Parameters, names: Sequence[str]) -> list[Tensor]:
+    """Return the same as `_forward_over_reverse`, by S(θ, u) = uᵀ J v: ∂S/∂u = J v and ∂S/∂θ = (∂_v J)ᵀ u at u = ∂ℓ/∂o."""
+    theta = {n: stage.parameters[n].clone().requires_grad_(True) for n in {**dict.fromkeys(names), **tangent}}
+    weights, loss = stage.item_weights(batch)[:, None], stage.task.loss
+    with torch.enable_grad():
+        outputs = stage.outputs(batch, theta)
+        values = outputs.detach()
+        u = (weights * loss.gradient(values, batch.targets)).requires_grad_(True)
+        pulled = torch.autograd.grad(outputs, [theta[n] for n in tangent], u, create_graph=True, allow_unused=True)
+        terms = [(g * v).sum() for g, v in zip(pulled, tangent.values()) if g is not None]
+        if not terms:  # v does not reach the outputs
+            return [torch.zeros_like(theta[n]) for n in names]
+        along = torch.stack(terms).sum()
+        (moved,) = torch.autograd.grad(along, u, retain_graph=True)
+        straight = weights * loss.hessian_product(values, batch.targets, moved)
+        gradients = torch.autograd.grad(
+            [along, outputs], [theta[n] for n in names], [torch.ones_like(along), straight], allow_unused=True
+        )
+    return [torch.zeros_like(theta[n]) if g is None else g for n, g in zip(names, gradients)]
 
 
 def gauss_newton_product(

@@ -54,6 +54,9 @@ class Solution:
         second = "" if self.second_residual is None else f", second sample {self.second_residual:.2e}"
         return f"{self.verdict}: residual {self.residual:.2e}{second} after {self.products} products (damping {self.damping:.3g})"
 
+    def __repr__(self) -> str:
+        return f"Solution({self})"  # a vector of a million numbers tells a reader nothing
+
     def required(self, what: str) -> Solution:
         """Return self if converged; raise `NotConverged` with what to do otherwise."""
         if self.converged:

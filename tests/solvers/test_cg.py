@@ -219,6 +219,15 @@ def test_required_raises_with_what_to_do() -> None:
     assert "vector" not in good.summary()
 
 
+def test_a_solution_prints_in_a_line() -> None:
+    """Its numbers, and none of the vector's: verdicts are printed by the dictionary, whose entries show their repr."""
+    solution = CG()(Matrix(TEMPLATE, definite()), RIGHT, Matrix(TEMPLATE, definite(seed=1)))
+    shown = str(({"pretrain": solution},))
+    assert shown == f"({{'pretrain': Solution({solution})}},)"
+    assert f"converged: residual {solution.residual:.2e}, second sample {solution.second_residual:.2e} after" in shown
+    assert "tensor" not in shown and "\n" not in shown and len(shown) < 160
+
+
 @pytest.mark.parametrize(
     "settings", [{"tolerance": 0.0}, {"tolerance": 1.0}, {"tolerance": -1e-3}, {"max_iterations": 0}]
 )
