@@ -9,6 +9,7 @@ weights put under all of their names by hand.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,9 +29,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from nlpinf.adapters.elmo import ElmoConfig, ElmoLM, Vocabulary
+from nlpinf.adapters.heads import HeadSettings, TextClassifier
 from nlpinf.scoring.forward import forward_scores
 from nlpinf.stages import Chain, Proximity, Stage
-from nlpinf.tasks import CausalLM, Classification, MaskedLM, Regression, SequenceClassification, Task
+from nlpinf.tasks import (
+    BidirectionalLM,
+    CausalLM,
+    Classification,
+    MaskedLM,
+    Regression,
+    SequenceClassification,
+    Task,
+    WordClassification,
+)
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "mat", "good", "bad", "film"]
 TEXTS = ["the cat sat on the mat", "a dog ran", "a good film", "the bad dog sat"]
@@ -168,6 +180,108 @@ def _text_outputs(stage: Stage, model: nn.Module, theta: dict[str, Tensor], i: i
     return logits, torch.tensor([example["label"]])
 
 
+ELMO = ElmoConfig(
+    character_dim=1, filters=((1, 2), (2, 2)), highways=1, max_characters=8, lstm_dim=3, projection_dim=2,
+    cell_clip=0.3, projection_clip=0.15, dropout=0.3,
+)  # fmt: skip
+VOCABULARY = Vocabulary(["<S>", "</S>", "<UNK>", "the", "a", "dog", "film", "sat"])
+
+
+def _elmo_layers(theta: dict[str, Tensor], words: list[str]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """The token layer and the two LSTM layers of `<S>`, the words and `</S>`: (forward, backward) vectors of each."""
+
+    def codes(word: str) -> list[int]:
+        body = {"<S>": [257], "</S>": [258]}.get(word) or [byte + 1 for byte in word.encode()]
+        return ([259, *body, 260] + [261] * 8)[:8]
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return theta[f"encoder.characters.{name}.weight"] @ x + theta[f"encoder.characters.{name}.bias"]
+
+    tokens = []
+    for word in ["<S>", *words, "</S>"]:
+        letters = theta["encoder.characters.embedding.weight"][[code - 1 for code in codes(word)]]
+        parts = []
+        for k, (width, _) in enumerate(ELMO.filters):
+            kernel = theta[f"encoder.characters.convolutions.{k}.weight"]
+            windows = torch.einsum("ncw,tcw->tn", kernel, letters.unfold(0, width, 1))
+            parts.append(windows.amax(0) + theta[f"encoder.characters.convolutions.{k}.bias"])
+        x = torch.relu(torch.cat(parts))
+        gate = torch.sigmoid(linear("carry.0", x))
+        x = gate * torch.relu(linear("transform.0", x)) + (1 - gate) * x
+        tokens.append(linear("projection", x))
+    layers = [(tokens, tokens)]
+    for k in range(2):
+        both = []
+        for way, below in enumerate(layers[-1]):
+            p = {n: theta[f"encoder.layers.{k}.{n}"][way] for n in ("weight_ih", "weight_hh", "bias", "weight_hr")}
+            h, c, out = below[0].new_zeros(2), below[0].new_zeros(3), []
+            for x in below if way == 0 else below[::-1]:
+                enter, new, forget, leave = (p["weight_ih"] @ x + p["weight_hh"] @ h + p["bias"]).chunk(4)
+                c = (torch.sigmoid(forget + 1) * c + torch.sigmoid(enter) * torch.tanh(new)).clamp(-0.3, 0.3)
+                h = (p["weight_hr"] @ (torch.sigmoid(leave) * torch.tanh(c))).clamp(-0.15, 0.15)
+                out.append(h + x if k else h)
+            both.append(out if way == 0 else out[::-1])
+        layers.append((both[0], both[1]))
+    return layers
+
+
+def _elmo_outputs(stage: Stage, model: nn.Module, theta: dict[str, Tensor], i: int) -> tuple[Tensor, Tensor]:
+    task, example = stage.task, stage.data[i]
+    words = (example["text"] if isinstance(example, dict) else example).split()
+    layers = _elmo_layers(theta, words)
+    if isinstance(task, BidirectionalLM):
+        ahead, back = layers[-1]
+        ids = [VOCABULARY.ids.get(word, 2) for word in ["<S>", *words, "</S>"]]
+        hidden, own = [*ahead[:-1], *back[1:]], [*ids[1:], *ids[:-1]]
+        logits = [theta["head.weight"] @ h + theta["head.bias"] for h in hidden]
+        if not task.negatives:
+            return torch.stack(logits), torch.tensor(own)
+
+        def expected(word: int) -> float:
+            p = math.log((word + 2) / (word + 1)) / math.log(len(VOCABULARY) + 1)
+            return math.log(1 - (1 - p) ** task.fixed.tries)
+
+        rows = []
+        for o, word in zip(logits, own):
+            others = [
+                o[other] - expected(other) if other != word else o.new_tensor(-math.inf)
+                for other in task.fixed.ids.tolist()
+            ]
+            rows.append(torch.stack([o[word] - expected(word), *others]))
+        return torch.stack(rows), torch.zeros(len(rows), dtype=torch.long)
+    states = [torch.stack([torch.cat([f, b]) for f, b in zip(*layer)][1:-1]) for layer in layers]
+    return _head_outputs(model.head.settings, theta, states), torch.tensor([example["label"]])
+
+
+def _head_outputs(settings: HeadSettings, theta: dict[str, Tensor], layers: list[Tensor]) -> Tensor:
+    """Logits (1, labels) of a head on the layers (T, width) of one text."""
+    x = layers[-1]
+    if settings.layers == "mix":
+        weights = torch.exp(theta["head.mix"]) / torch.exp(theta["head.mix"]).sum()
+        x = theta["head.scale"] * sum(w * layer for w, layer in zip(weights, layers))
+    if settings.lstm:
+        both = []
+        for way in range(2):
+            p = {n: theta[f"head.lstm.{n}"][way] for n in ("weight_ih", "weight_hh", "bias")}
+            h = c = x.new_zeros(settings.lstm)
+            out = []
+            for value in x if way == 0 else x.flip(0):
+                enter, new, forget, leave = (p["weight_ih"] @ value + p["weight_hh"] @ h + p["bias"]).chunk(4)
+                c = torch.sigmoid(forget + 1) * c + torch.sigmoid(enter) * torch.tanh(new)
+                h = torch.sigmoid(leave) * torch.tanh(c)
+                out.append(h)
+            both.append(torch.stack(out if way == 0 else out[::-1]))
+        x = torch.cat(both, 1)
+    if settings.pooling == "attention":
+        weights = torch.softmax(x @ theta["head.attention.weight"][0] + theta["head.attention.bias"], 0)
+        x = weights @ x
+    else:
+        x = {"mean": x.mean(0), "max": x.amax(0), "first": x[0]}[settings.pooling]
+    if settings.hidden:
+        x = torch.tanh(theta["head.hidden.weight"] @ x + theta["head.hidden.bias"])
+    return (theta["head.classifier.weight"] @ x + theta["head.classifier.bias"])[None]
+
+
 @dataclass(frozen=True)
 class Case:
     """A chain, the independent route to its outputs, and examples to ask about."""
@@ -195,7 +309,7 @@ _REFERENCES: dict[int, tuple[nn.Module, nn.Module]] = {}
 def reference(model: nn.Module) -> nn.Module:
     """Return a float64 twin of the model in evaluation mode, with eager attention where it has any."""
     if id(model) not in _REFERENCES:
-        if hasattr(model, "config"):
+        if hasattr(model, "_from_config"):
             twin = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager").double()
             twin.load_state_dict(model.state_dict())
         else:
@@ -351,6 +465,26 @@ def _gpt2(attention: str, reduction: str) -> Family:
     )
 
 
+def _elmo(negatives: int, head: HeadSettings, reduction: str) -> Family:
+    def language_model() -> nn.Module:
+        return ElmoLM(ELMO, len(VOCABULARY))
+
+    def classifier() -> nn.Module:
+        return TextClassifier.on(language_model(), head)
+
+    lm = BidirectionalLM(VOCABULARY, 9, max_characters=8, negatives=negatives, seed=3)
+    return Family(
+        (language_model, language_model, classifier),
+        (lm, lm, WordClassification(9, max_characters=8)),
+        (["the cat sat on", "a dog", "film"], ["bad film", "sat"], LABELLED),
+        (reduction, reduction, "example"),
+        "encoder.characters.",
+        _elmo_outputs,
+        ASKED,
+        batch_size=3 if negatives else 8,
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "mlp": Family(
         (lambda: Mlp("digits", 3), lambda: Mlp("digits", 3), lambda: Mlp("signs", 2)),
@@ -384,6 +518,8 @@ FAMILIES: dict[str, Family] = {
         _tags(4, 2, 4),
         renamed=("tag.weight", "tag.bias"),
     ),
+    "elmo": _elmo(0, HeadSettings("max", hidden=2, layers="mix", lstm=2), "example"),
+    "elmo sampled": _elmo(3, HeadSettings("attention"), "token"),
 }
 
 NAMES = [(family, path) for family in FAMILIES for path in PATHS[:3]] + [("mlp", PATHS[3])]

@@ -37,8 +37,10 @@ def test_modes_agree_with_a_loop_of_autograd(family: str, queries: int) -> None:
         assert apart(ahead.losses, losses[batch.rows]) < 1e-10 and apart(back.losses, losses[batch.rows]) < 1e-10
         assert ahead.item_scores is not None and back.item_scores is None
         assert apart(batch.sum_by_example(ahead.item_scores), expected) < 1e-10
-    # Transformers and perceptrons take no forward-mode pass a query; an LSTM's own weights do.
-    assert set(reverse.uncovered) == (LSTM if family == "lstm tagger" else set())
+    # Transformers and perceptrons take no forward-mode pass a query; an LSTM's own weights do, and ELMo's encoder.
+    uncovered = {"lstm tagger": LSTM, "elmo sampled": set(stage.theta)}
+    uncovered["elmo"] = {name for name in stage.theta if not name.startswith("head.")}
+    assert set(reverse.uncovered) == uncovered.get(family, set())
 
 
 @pytest.mark.parametrize("family", ["bert sdpa", "gpt2 sdpa", "lstm tagger"])
