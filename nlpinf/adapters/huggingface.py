@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,65 +13,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from nlpinf.adapters.heads import HEAD, TextClassifier
+from nlpinf.adapters.openers import AUTO_MODELS, build_task, opener_of, quiet_loading
 from nlpinf.data import shipped
 from nlpinf.data.corpus import Corpus, examples_sha256, read_labelled
 from nlpinf.errors import BadInput
 from nlpinf.parameters import tied_groups
 from nlpinf.stages import Chain, Proximity, Stage, Transfer
-from nlpinf.tasks import CausalLM, MaskedLM, SequenceClassification, Task
+from nlpinf.tasks import SequenceClassification, Task
 
 RECORD = "nlpinf_stage.json"
 FORMAT = 1
-
-AUTO_MODELS = {
-    "masked_lm": AutoModelForMaskedLM,
-    "causal_lm": AutoModelForCausalLM,
-    "sequence_classification": AutoModelForSequenceClassification,
-}
-_TASKS: dict[str, type] = {
-    "masked_lm": MaskedLM,
-    "causal_lm": CausalLM,
-    "sequence_classification": SequenceClassification,
-}
 
 
 def versions() -> dict[str, str]:
     """Return the versions of nlpinf and the libraries that its numbers depend on."""
     return {name: version(name) for name in ("nlpinf", "torch", "transformers", "tokenizers")}
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Keep transformers' loading bars and notices off the terminal; errors still show."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def build_task(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Task:
-    """Return the task that `Task.settings()` described."""
-    options = dict(settings)
-    name = options.pop("name", None)
-    if name not in _TASKS:
-        raise BadInput(f"task {name!r} is unknown; there are {', '.join(_TASKS)}")
-    return _TASKS[name](tokenizer, **options)
 
 
 def new_model(
@@ -128,9 +85,10 @@ def save_run(stage: Stage, folder: str | Path, **record: Any) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    opener = opener_of(stage.task.name)
     with quiet_loading():
         stage.model.save_pretrained(folder)  # type: ignore[operator]
-        stage.task.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+    opener.save_words(stage.task, folder)
     data = {"rows": stage.size, "sha256": examples_sha256(stage.data)}
     content = {
         "format": FORMAT,
@@ -204,23 +162,19 @@ def stage_from_run(folder: str | Path, *, data: Any = None, **changes: Any) -> S
     for name, digest in weight_files(folder).items():
         if recorded.get(name) not in (None, digest):
             raise BadInput(f"{folder / name}: the weights changed since {RECORD} was written; record the run again")
+    name = record["task"].get("name")
     try:
-        with quiet_loading():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = _opened(folder, record["task"].get("name"))
+        opener = opener_of(name)
+    except BadInput as error:
+        raise BadInput(f"{folder / RECORD}: {error}") from None
+    try:
+        model, words = opener.open(folder)
     except BadInput:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise BadInput(
-            f"{folder}: cannot be opened as a {record['task'].get('name')} model: {one_line(error)}"
-        ) from error
-    embeddings = model.get_input_embeddings()
-    if len(tokenizer) > embeddings.weight.shape[0]:
-        raise BadInput(
-            f"{folder}: the tokenizer has {len(tokenizer)} words, the embedding {embeddings.weight.shape[0]}; they are of different runs"
-        )
+        raise BadInput(f"{folder}: cannot be opened as a {name} model: {one_line(error)}") from error
     try:
-        task = build_task({**record["task"], **changes.pop("task", {})}, tokenizer)
+        task = build_task({**record["task"], **changes.pop("task", {})}, words)
     except TypeError as error:
         raise BadInput(
             f"{folder / RECORD}: the task's settings are not known ({error}); record the run again"
@@ -250,17 +204,6 @@ def _record(folder: Path) -> dict[str, Any]:
         if not isinstance(record.get(key), kind):
             raise BadInput(f"{path}: the field {key!r} is missing or of another type; record the run again")
     return record
-
-
-def _opened(folder: Path, name: Any) -> Any:
-    if (folder / HEAD).exists():
-        return TextClassifier.from_pretrained(folder)
-    if name not in AUTO_MODELS:
-        raise BadInput(f"{folder / RECORD}: task {name!r} is unknown; there are {', '.join(AUTO_MODELS)}")
-    model, loading = AUTO_MODELS[name].from_pretrained(folder, output_loading_info=True)
-    if absent := sorted(loading["missing_keys"]):  # transformers would go on with random numbers in their place
-        raise BadInput(f"{folder}: its weights have no {absent[0]!r}, which a {name} model has; save the whole model")
-    return model
 
 
 def one_line(error: BaseException) -> str:

@@ -1,14 +1,18 @@
-"""Train a small tokenizer on a corpus, with the `tokenizers` library."""
+"""Train a small tokenizer on a corpus, with the `tokenizers` library; the same texts give the same tokenizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 TokenizerKind = Literal["wordpiece", "bpe"]
+_PREFIX = "##"
+_ALPHABET = 1000  # characters that are kept, the most frequent ones
 
 
 def train_tokenizer(
@@ -16,32 +20,65 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Return a BERT-style WordPiece or a GPT-2-style byte-level BPE tokenizer of at most `size` words.
 
-    WordPiece puts [CLS] before and [SEP] behind a text; BPE has <bos>, <eos> and <pad> and adds none of them.
+    WordPiece puts [CLS] before and [SEP] behind a text; BPE has <bos>, <eos> and <pad> and adds none of them. `size`
+    counts these and the single characters (byte-level: 256), which are always there.
     """
-    if kind == "wordpiece":
-        names = {f"{k}_token": f"[{k.upper()}]" for k in ("pad", "unk", "cls", "sep", "mask")}
-        special = list(names.values())
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg]
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
-        tokenizer.train_from_iterator(texts, trainer)
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]",
-            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-            special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
-        )
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    return _wordpiece(texts, size, lowercase) if kind == "wordpiece" else _bpe(texts, size)
+
+
+def _wordpiece(texts: Iterable[str], size: int, lowercase: bool) -> PreTrainedTokenizerFast:
+    names = {f"{k}_token": f"[{k.upper()}]" for k in ("pad", "unk", "cls", "sep", "mask")}
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    characters: Counter[str] = Counter()
+    for word, count in counts.items():
+        for character in word:
+            characters[character] += count
+    alphabet = sorted(sorted(characters, key=lambda c: (-characters[c], c))[:_ALPHABET])
+    inner = {character for word in counts for character in word[1:]}
+    # The trainer numbers inner characters in the order of a hash map, and breaks ties between merges by these numbers.
+    # Given among the special tokens they have fixed numbers; the tokenizer is made anew, without their being special.
+    fixed = [*names.values(), *(_PREFIX + character for character in alphabet if character in inner)]
+    draft = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg]
+    draft.pre_tokenizer = splitter
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size,
+        special_tokens=fixed,
+        initial_alphabet=alphabet,
+        limit_alphabet=_ALPHABET,
+        continuing_subword_prefix=_PREFIX,
+        show_progress=False,
+    )
+    draft.train_from_iterator(_repeated(counts), trainer)
+    tokenizer = Tokenizer(models.WordPiece(draft.get_vocab(), unk_token="[UNK]"))  # type: ignore[call-arg]
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.decoder = decoders.WordPiece(prefix=_PREFIX)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def _repeated(counts: Counter[str]) -> Iterator[str]:
+    for word, count in counts.items():
+        yield from repeat(word, count)
+
+
+def _bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    bpe = trainers.BpeTrainer(
+    trainer = trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=list(names.values()),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, bpe)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)

@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 from nlpinf.cli import check, demo, query, report, run, score, top
-from nlpinf.errors import NlpinfError
+from nlpinf.errors import NlpinfError, NotConverged
 
 app = typer.Typer(
     name="nlpinf",
@@ -63,6 +63,8 @@ def _told(error: Any) -> str:
     if isinstance(error, OSError):
         where = "" if error.filename is None else f"{error.filename}: "
         return f"{where}{error.strerror or ' '.join(str(error).split())}; check the path, its rights and the disk"
+    if isinstance(error, NotConverged):
+        return f"{error} (--allow-unconverged, in a recipe query.allow_unconverged)"
     if not isinstance(error, _UsageError):
         return str(error)
     command = error.ctx.command_path if error.ctx is not None else "nlpinf"

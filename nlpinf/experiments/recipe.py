@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -76,7 +76,7 @@ class RelativeDamping(_Strict):
     relative: float = Field(ge=0)
 
 
-Damping = float | RelativeDamping
+Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)] | RelativeDamping
 
 
 class QuerySettings(_Strict):
@@ -138,11 +138,19 @@ def parse(content: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise BadInput(f"{where}: {_told(error.errors()[0])}") from None
+        raise BadInput(f"{where}: {_told(min(error.errors(), key=_rank))}") from None
+
+
+def _rank(error: Any) -> int:
+    """Order errors so that the first is the cause of the others: each form that a value might have adds its own."""
+    if error["type"] == "extra_forbidden":
+        return 0
+    return 2 if error["type"] == "missing" else 3 if error["type"].endswith(("_type", "_parsing")) else 1
 
 
 def _told(error: Any) -> str:
-    place = [str(part) for part in error["loc"] if not str(part).startswith(("float", "RelativeDamping", "list["))]
+    forms = ("constrained-float", "float", "RelativeDamping", "list[")  # pydantic names the form that it tried
+    place = [str(part) for part in error["loc"] if not str(part).startswith(forms)]
     key = ".".join(place)
     if error["type"] == "extra_forbidden":
         known = _fields(place[:-1])
@@ -156,6 +164,8 @@ def _told(error: Any) -> str:
 def _fields(place: list[str]) -> list[str]:
     model: Any = Recipe
     for part in place:
+        if part.isdigit():  # a place in a list of the model found
+            continue
         annotation = model.model_fields[part].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]
         model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)

@@ -48,7 +48,7 @@ class Runner:
     ) -> None:
         self.out, self.progress, self.say = Path(out), progress, say or (lambda _: None)
         self.recipe = recipe.model_copy(update={"versions": versions()})
-        self.make = Recipes(self.recipe)
+        self.make = Recipes(self.recipe, self.out / "pretrain")
         self._claim()
 
     def _claim(self) -> None:

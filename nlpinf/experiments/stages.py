@@ -6,14 +6,15 @@ import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nlpinf.adapters.heads import HeadSettings, TextClassifier
-from nlpinf.adapters.huggingface import build_task, new_model, shared_names
+from nlpinf.adapters.huggingface import RECORD, build_task, new_model, shared_names
 from nlpinf.adapters.tokenizers import train_tokenizer
 from nlpinf.data.corpus import Corpus, read_labelled
 from nlpinf.errors import BadInput
@@ -36,10 +37,13 @@ class Result:
 
 
 class Recipes:
-    """The data and tokenizer of a recipe, and its stages trained on all of the corpus or on part of it."""
+    """The data and tokenizer of a recipe, and its stages trained on all of the corpus or on part of it.
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    `run` is where the pretraining run lies or will lie: once it is there, its tokenizer is the recipe's.
+    """
+
+    def __init__(self, recipe: Recipe, run: Path | None = None) -> None:
+        self.recipe, self.run = recipe, run
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -63,7 +67,9 @@ class Recipes:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, trained on all of the corpus."""
+        """The tokenizer of the run, else one trained on all of the corpus."""
+        if self.run is not None and (self.run / RECORD).exists():
+            return AutoTokenizer.from_pretrained(self.run)
         settings = self.recipe.pretrain.tokenizer
         texts = (self.corpus[i] for i in range(len(self.corpus)))
         return train_tokenizer(settings.kind, texts, settings.size, lowercase=settings.lowercase)
