@@ -19,6 +19,7 @@ def add(app: typer.Typer) -> None:
 def demo(
     out: Path = typer.Option(Path("demo"), "--out", help="Folder for the results."),
     frozen: bool = typer.Option(False, "--frozen", help="Case 1: finetune with the encoder frozen (default: case 2)."),
+    result: Path | None = typer.Option(None, "--result", help="Write the measured result to this JSON file as well."),
     json_: bool = typer.Option(False, "--json", help="Print the outcome as JSON."),
 ) -> None:
     """Pretrain, finetune, score every pretraining sentence, remove some and retrain: a few minutes on two cores.
@@ -30,4 +31,4 @@ def demo(
         finetune = recipe.finetune.model_copy(update={"transfer": "frozen"})
         recipe = recipe.model_copy(update={"name": "demo-frozen", "finetune": finetune})
         out = Path("demo-frozen") if out == Path("demo") else out
-    execute(recipe, out, json_)
+    execute(recipe, out, json_, result, "nlpinf demo --frozen" if frozen else "nlpinf demo")

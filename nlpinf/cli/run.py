@@ -8,9 +8,11 @@ from typing import Any
 import typer
 from rich.table import Table
 
+from nlpinf.adapters.huggingface import write_json
 from nlpinf.cli import console
 from nlpinf.experiments import recipe as recipes
 from nlpinf.experiments.recipe import Recipe
+from nlpinf.experiments.results import measured
 from nlpinf.experiments.runner import Outcome, Runner
 
 
@@ -22,6 +24,7 @@ def add(app: typer.Typer) -> None:
 def run(
     recipe: Path = typer.Argument(help="The recipe, a YAML file."),
     out: Path | None = typer.Option(None, "--out", help="Folder for the results (default: runs/NAME)."),
+    result: Path | None = typer.Option(None, "--result", help="Write the measured result to this JSON file as well."),
     json_: bool = typer.Option(False, "--json", help="Print the outcome as JSON."),
 ) -> None:
     """Run a recipe: pretrain, finetune, query, score, report, remove and retrain. Finished steps are skipped.
@@ -29,14 +32,16 @@ def run(
     Example: nlpinf run recipes/demo.yaml --out runs/demo
     """
     loaded = recipes.load(recipe)
-    execute(loaded, out or Path("runs") / loaded.name, json_)
+    execute(loaded, out or Path("runs") / loaded.name, json_, result, f"nlpinf run {recipe}")
 
 
-def execute(recipe: Recipe, out: Path, json_: bool) -> None:
-    """Run and print."""
+def execute(recipe: Recipe, out: Path, json_: bool, result: Path | None, command: str) -> None:
+    """Run and print; `command` is what a result file names."""
     with console.bars() as bars:
         runner = Runner(recipe, out, bars, lambda line: console.err.print(line, highlight=False))
         outcome = runner.run()
+    if result is not None:
+        write_json(result, measured(out, command, outcome.seconds))
     if json_:
         console.print_json(_content(outcome, out))
     else:

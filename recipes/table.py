@@ -1,0 +1,83 @@
+"""Write the table of recipes/README.md and the demo's lines of README.md from the measured results in recipes/results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def ranged(figure: dict[str, Any], digits: int) -> str:
+    """Return a figure with its interval."""
+    low, high = figure["interval"]
+    return f"{figure['value']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def change(figure: dict[str, Any]) -> str:
+    """Return a change with its interval."""
+    low, high = figure["interval"]
+    return f"{figure['value']:+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+def kind(result: dict[str, Any]) -> str:
+    """Return the kind of machine."""
+    machine = result["machine"]
+    return ", ".join([f"{machine['cores']} cores, {machine['processor']}", *machine["gpus"]])
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return one line a recipe."""
+    lines = [
+        "| recipe | test loss | accuracy | most harmful removed: predicted, actual | measured |",
+        "| --- " * 5 + "|",
+    ]
+    for result in results:
+        harmful = [r for r in result["removal"] if r["removed"] == "most harmful"]
+        removal = f"{harmful[0]['predicted']:+.4f}, {change(harmful[0]['actual'])}" if harmful else "–"
+        lines.append(
+            f"| [{result['recipe']}](results/{result['recipe']}.json) | {ranged(result['test']['loss'], 3)} | "
+            f"{ranged(result['test']['accuracy'], 3)} | {removal} | `{result['command']}`, {result['date']}, seed {result['seed']}, "
+            f"{result['seconds']:.0f} s on {kind(result)} |"
+        )
+    return "\n".join(lines)
+
+
+def demo(result: dict[str, Any]) -> str:
+    """Return what the demo measured."""
+    rows = result["removal"]
+    order = sorted(rows, key=lambda r: r["predicted"])
+    lines = [
+        "| 5 % of the corpus removed | predicted change of the test loss | actual change, both stages retrained |",
+        "| --- | --- | --- |",
+        *(f"| {r['removed']} | {r['predicted']:+.4f} | {change(r['actual'])} |" for r in order),
+        "",
+        f"`{result['command']}`, {result['date']}, seed {result['seed']}, {result['seconds']:.0f} s on {kind(result)}: test loss "
+        f"{ranged(result['test']['loss'], 3)}, accuracy {ranged(result['test']['accuracy'], 3)} on {result['test']['rows']} reviews; "
+        "95 % intervals over the test rows.",
+    ]
+    return "\n".join(lines)
+
+
+def replaced(text: str, mark: str, content: str) -> str:
+    """Return `text` with what lies between the marks replaced."""
+    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+def pages() -> dict[Path, str]:
+    """Return each page with its tables made anew."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((HERE / "results").glob("*.json"))]
+    listed, front = HERE / "README.md", HERE.parent / "README.md"
+    measured = {result["recipe"]: result for result in results}
+    made = {listed: replaced(listed.read_text(encoding="utf-8"), "results", table(results))}
+    if "demo" in measured:
+        made[front] = replaced(front.read_text(encoding="utf-8"), "demo", demo(measured["demo"]))
+    return made
+
+
+if __name__ == "__main__":
+    for page, text in pages().items():
+        page.write_text(text, encoding="utf-8")
