@@ -1,32 +1,25 @@
-"""Corpora: texts with permanent row numbers, and labelled sets, read from files that are checked line by line.
+"""Corpora: texts with permanent row numbers, and labelled sets, read from files that are checked row by row.
 
-A row's number is its line number in the file, from 0, and stays with it when other rows are skipped or left out:
-scores, masks and reports are keyed by it. Lines end at "\\n" alone ("\\r\\n" counts as one end); U+2028, U+0085 and a
-bare "\\r" are characters like any other. A byte order mark at the start of a file is dropped.
+A row's number is its place in its source, from 0 (`nlpinf.data.sources`), and stays with it when other rows are skipped
+or left out: scores, masks and reports are keyed by it.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from nlpinf.data.shipped import resolve
+from nlpinf.data.files import objects, text_of
+from nlpinf.data.sources import EmptyPolicy, find, is_empty, kept
 from nlpinf.errors import BadInput
-
-EmptyPolicy = Literal["error", "skip"]
-_BLOCK = 1 << 24
 
 
 class Corpus(Sequence[str]):
@@ -57,45 +50,35 @@ class Corpus(Sequence[str]):
             raise BadInput(f"{where}: {len(self._texts)} texts with {self.rows.numel()} row numbers; give one for each")
         if rows is not None and len(torch.unique(self.rows)) != len(self.rows):
             raise BadInput(f"{where}: a row number occurs twice; row numbers must be distinct")
-        empty = _empty(self._texts)
+        empty = is_empty(self._texts)
         if empty.any():
             first = int(self.rows[int(empty.argmax())])
             raise BadInput(f"{where}: row {first} is empty; leave empty texts out (`--empty skip` for a file)")
 
     @classmethod
-    def read(cls, path: str | Path, *, empty: EmptyPolicy = "error") -> Corpus:
-        """Read a .txt file (one text a line) or a .jsonl file (objects with `text`), plain or .gz, .zst or .bz2.
+    def read(
+        cls, where: Any, *, empty: EmptyPolicy = "error", text_column: str = "text", split: str | None = None
+    ) -> Corpus:
+        """Read a corpus into memory: a file, a folder or pattern of files, a `datasets` object, folder or hub name.
 
-        `path` may be `shipped:NAME`. A line of white space alone is empty: an error, or left out with `empty="skip"`
-        and counted in `skipped`, the other rows keeping their numbers. Raises `BadInput` with the file and line.
+        `nlpinf.data.sources` tells the formats and what a row's number is. A text of white space alone is empty: an
+        error, or left out with `empty="skip"` and counted in `skipped`, the other rows keeping their numbers. Raises
+        `BadInput` with the file and line or row. `CorpusStream` reads without keeping the texts in memory.
         """
-        if empty not in ("error", "skip"):
-            raise BadInput(f"empty={empty!r} is neither 'error' nor 'skip'")
-        parts = [pa.array([], pa.large_string())]
-        if _is_json(path):
-            parts += (pa.array(texts, pa.large_string()) for texts in _json_texts(path))
-        else:
-            parts += (_lines(block) for block, _ in _blocks(path))
+        source = find(where, text_column, split)
+        rows, parts, skipped = [], [pa.array([], pa.large_string())], 0
+        for numbers, texts, blank in kept(source, empty):
+            rows.append(numbers)
+            parts.append(texts)
+            skipped += blank
         texts = pa.chunked_array(parts).combine_chunks()
         if isinstance(texts, pa.ChunkedArray):
             texts = texts.chunk(0)
-        blank = _empty(texts)
-        if not blank.any():
-            return cls(texts, path=str(path)) if len(texts) else cls._nothing(path)
-        if empty == "error":
-            raise BadInput(
-                f"{path}: line {int(blank.argmax()) + 1} is empty; remove it, or skip empty lines with `--empty skip`"
-            )
-        kept = np.flatnonzero(~blank)
-        if not len(kept):
-            return cls._nothing(path)
-        return cls(
-            texts.take(pa.array(kept)), torch.from_numpy(kept), path=str(path), skipped={"empty": int(blank.sum())}
-        )
-
-    @classmethod
-    def _nothing(cls, path: str | Path) -> Corpus:
-        raise BadInput(f"{path}: the corpus is empty; give a file with one sentence a line")
+        if not len(texts):
+            raise BadInput(f"{source.name}: the corpus is empty; give one with at least one sentence")
+        if not skipped:
+            return cls(texts, path=source.name)
+        return cls(texts, torch.from_numpy(np.concatenate(rows)), path=source.name, skipped={"empty": skipped})
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -147,8 +130,8 @@ def read_labelled(path: str | Path, labels: int | None = None, *, training: bool
     Other keys are ignored. `training` asks for at least two classes. Raises `BadInput` with the file and line.
     """
     examples = []
-    for number, value in _objects(path):
-        text, label = _text_of(value, path, number), value.get("label")
+    for number, value in objects(path):
+        text, label = text_of(value, path, number), value.get("label")
         if "label" not in value:
             raise BadInput(f"{path}: line {number} has no `label`; each line is an object with `text` and `label`")
         if not isinstance(label, int) or isinstance(label, bool):
@@ -211,121 +194,3 @@ def _column(texts: Iterable[str] | pa.Array) -> pa.Array:
         return pa.array(values, pa.large_string())
     except UnicodeEncodeError as error:
         raise BadInput(f"a text of the corpus is not valid Unicode ({error.reason}); repair or remove it") from None
-
-
-def _empty(texts: pa.Array) -> np.ndarray:
-    lengths = pc.binary_length(pc.utf8_ltrim_whitespace(texts))
-    return lengths.to_numpy(zero_copy_only=False) == 0
-
-
-def _suffixes(path: str | Path) -> tuple[str, str]:
-    """Return (format suffix, compression suffix) of a name."""
-    parts = [s.lower() for s in resolve(path).suffixes]
-    packed = parts.pop() if parts and parts[-1] in (".gz", ".zst", ".bz2") else ""
-    return (parts[-1] if parts else ""), packed
-
-
-def _is_json(path: str | Path) -> bool:
-    return _suffixes(path)[0] in (".jsonl", ".json", ".ndjson")
-
-
-def _blocks(path: str | Path) -> Iterator[tuple[bytes, int]]:
-    """Yield blocks of whole lines, valid UTF-8, every line with its "\\n", and the number of each one's first line."""
-    number, rest, first = 1, b"", True
-    for data in _stream(path):
-        rest += data.removeprefix(b"\xef\xbb\xbf") if first else data
-        first = False
-        end = rest.rfind(b"\n") + 1
-        if end:
-            block, rest = rest[:end], rest[end:]
-            yield _checked(block, path, number).replace(b"\r\n", b"\n"), number
-            number += block.count(b"\n")
-    if rest:
-        yield _checked(rest, path, number) + b"\n", number
-
-
-def _stream(path: str | Path) -> Iterator[bytes]:
-    packed = _suffixes(path)[1]
-    try:
-        if packed == ".gz":
-            file: Any = gzip.open(resolve(path))
-        elif packed:
-            file = pa.input_stream(str(resolve(path)), compression={".zst": "zstd", ".bz2": "bz2"}[packed])
-        else:
-            file = resolve(path).open("rb")
-        with file:
-            while data := file.read(_BLOCK):
-                yield data
-    except FileNotFoundError:
-        raise BadInput(f"{path}: there is no such file; check the path") from None
-    except IsADirectoryError:
-        raise BadInput(f"{path}: is a folder; give a file") from None
-    except (EOFError, zlib.error):
-        raise BadInput(f"{path}: the compressed file is truncated or damaged; fetch it again") from None
-    except gzip.BadGzipFile:
-        raise BadInput(f"{path}: is not a gzip file, or is damaged; rename or fetch it again") from None
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror or error}); check the file") from None
-
-
-def _checked(block: bytes, path: str | Path, number: int) -> bytes:
-    try:
-        block.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = number + block.count(b"\n", 0, error.start)
-        raise BadInput(
-            f"{path}: line {line} is not UTF-8 (byte {block[error.start]:#04x}); convert the file, e.g. with iconv"
-        ) from None
-    return block
-
-
-def _lines(block: bytes) -> pa.Array:
-    """Return the lines of a block that ends in "\\n", without Python objects."""
-    ends = np.flatnonzero(np.frombuffer(block, np.uint8) == 10)
-    offsets = np.concatenate([[0], ends - np.arange(len(ends))]).astype(np.int64)
-    text = block.replace(b"\n", b"")
-    return pa.Array.from_buffers(pa.large_string(), len(ends), [None, pa.py_buffer(offsets), pa.py_buffer(text)])
-
-
-def _objects(path: str | Path, blank: dict[str, Any] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) of a JSON lines file; `blank` stands for empty lines, else they are an error."""
-    for block, first in _blocks(path):
-        for number, line in enumerate(block[:-1].split(b"\n"), first):
-            if blank is not None and not line.strip():
-                yield number, blank
-                continue
-            try:
-                value = json.loads(line)
-            except ValueError:
-                hint = "is empty; remove it" if not line.strip() else "is not valid JSON; each line is one object"
-                raise BadInput(f"{path}: line {number} {hint}") from None
-            if not isinstance(value, dict):
-                raise BadInput(
-                    f"{path}: line {number} is a JSON {type(value).__name__}; each line is one object with `text`"
-                )
-            yield number, value
-
-
-def _text_of(value: dict[str, Any], path: str | Path, number: int) -> str:
-    if "text" not in value:
-        raise BadInput(f"{path}: line {number} has no `text`; each line is an object with `text`")
-    text = value["text"]
-    if not isinstance(text, str):
-        raise BadInput(f"{path}: line {number}: `text` is of type {type(text).__name__}; it must be a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadInput(
-            f"{path}: line {number}: the text has half of a surrogate pair, which is no character; repair it"
-        ) from None
-    return text
-
-
-def _json_texts(path: str | Path) -> Iterator[list[str]]:
-    texts: list[str] = []
-    for number, value in _objects(path, blank={"text": ""}):
-        texts.append(_text_of(value, path, number))
-        if len(texts) == 1 << 16:
-            yield texts
-            texts = []
-    yield texts

@@ -30,7 +30,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
 def test_lines_do_not_depend_on_how_the_file_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr("nlpinf.data.corpus._BLOCK", block)
+    monkeypatch.setattr("nlpinf.data.files._BLOCK", block)
     texts = ["é", "日本語 text\u2028", "a" * 7, "\r \rz", "last"]
     file = tmp_path / "a.txt"
     file.write_bytes("\r\n".join(texts).encode())
@@ -113,12 +113,10 @@ def test_wrong_corpora_are_refused_in_one_line(tmp_path: Path, name: str) -> Non
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_only_empty_lines_and_folders(tmp_path: Path) -> None:
+def test_only_empty_lines(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n \n")
     with pytest.raises(BadInput, match="corpus is empty"):
         Corpus.read(tmp_path / "a.txt", empty="skip")
-    with pytest.raises(BadInput, match="is a folder"):
-        Corpus.read(tmp_path)
     with pytest.raises(BadInput, match="neither"):
         Corpus.read(tmp_path / "a.txt", empty="drop")  # type: ignore[arg-type]
 

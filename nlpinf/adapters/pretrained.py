@@ -1,0 +1,63 @@
+"""Start from somebody's Hugging Face model: an encoder, or a whole language model, with what it lacks of a head made anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from nlpinf.adapters.huggingface import one_line
+from nlpinf.adapters.openers import AUTO_MODELS, quiet_loading
+from nlpinf.errors import BadInput
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Open the tokenizer of a model folder."""
+    _there(folder)
+    try:
+        with quiet_loading():
+            return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{folder}: has no tokenizer that can be opened: {one_line(error)}") from error
+
+
+def open_pretrained(task: str, folder: Path, seed: int) -> nn.Module:
+    """Open the weights in `folder` as a model for `task` ("masked_lm", "causal_lm").
+
+    The encoder must be whole; parameters of the head that the folder lacks are initialised by the seed. Dropout is off,
+    so that the loss is a function of the example.
+    """
+    _there(folder)
+    torch.manual_seed(seed)
+    try:
+        with quiet_loading():
+            config = AutoConfig.from_pretrained(folder)
+            for name in config.to_dict():
+                if name.endswith(("dropout", "dropout_prob", "pdrop")) and name != "classifier_dropout":
+                    setattr(config, name, 0.0)
+            model, loading = AUTO_MODELS[task].from_pretrained(
+                folder, config=config, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise BadInput(f"{folder}: cannot be opened as a {task} model: {one_line(error)}") from error
+    head = set(head_names(model))
+    encoder = {name for name, _ in model.named_parameters()} - head
+    if absent := sorted(encoder & set(loading["missing_keys"])):
+        raise BadInput(f"{folder}: its weights have no {absent[0]!r}, which the encoder has; give a whole model")
+    return model
+
+
+def head_names(model: Any) -> list[str]:
+    """Return the names of the parameters outside the encoder; tied weights are the encoder's."""
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or not hasattr(model, prefix):
+        raise BadInput(f"{type(model).__name__} has no base model, so what its head is cannot be told")
+    return [name for name, _ in model.named_parameters() if not name.startswith(prefix + ".")]
+
+
+def _there(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"{folder}: is no model folder (it has no config.json); give what `save_pretrained` leaves")
