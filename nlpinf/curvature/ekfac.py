@@ -1,0 +1,288 @@
+"""EK-FAC: the curvature's diagonal in a Kronecker-factored eigenbasis of every parameter, with a closed-form inverse.
+
+For a parameter seen as k matrices (r, c), with G_b the gradients of single examples (`perexample.py`):
+
+    Q_L, Q_R   eigenvectors of Σ_b G_b G_bᵀ and of Σ_b G_bᵀ G_b, each side
+    Λ          1/n Σ_b (Q_Lᵀ G_b Q_R)²                     the eigenvalues, by example
+    C V        Q_L (Λ ∘ (Q_Lᵀ V Q_R)) Q_Rᵀ,   (C + σI)⁻¹ V = Q_L ((Q_Lᵀ V Q_R) / (Λ + σ)) Q_Rᵀ
+
+so that Λ is the exact diagonal, in that basis, of the examples' second moment. The two sides are those of the gradients
+themselves, which K-FAC builds from inputs and output gradients apart; where these are independent they have the same
+eigenvectors. A side of more than `largest` entries, the words of an embedding or an output layer, and vectors (biases,
+normalisations) keep the basis that they have: diagonal there. Sources: George et al., NeurIPS 2018; Grosse et al., 2023;
+Morwani et al., 2024, for factors of whole gradients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nlpinf.curvature.operators import Operator
+from nlpinf.curvature.perexample import Outer, PerExample, Rows, Use, Whole
+from nlpinf.errors import BadInput
+from nlpinf.parameters import Parameters
+from nlpinf.stages import Stage, fingerprint
+
+_BLOCK = 1 << 23  # entries of the examples' gradients that are held at a time
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One parameter: `eigenvalues` (k, r, c), `left` (k, r, r) and `right` (k, c, c), None where diagonal."""
+
+    eigenvalues: Tensor
+    left: Tensor | None
+    right: Tensor | None
+
+    def rotated(self, v: Tensor) -> Tensor:
+        """Return Q_Lᵀ V Q_R of (..., k, r, c)."""
+        v = v if self.left is None else self.left.mT @ v
+        return v if self.right is None else v @ self.right
+
+    def back(self, v: Tensor) -> Tensor:
+        """Return Q_L V Q_Rᵀ."""
+        v = v if self.left is None else self.left @ v
+        return v if self.right is None else v @ self.right.mT
+
+    def mapped(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return Q_L (function(Λ) ∘ Q_Lᵀ V Q_R) Q_Rᵀ in the shape and dtype of V."""
+        seen = self.rotated(v.to(self.eigenvalues).view(self.eigenvalues.shape))
+        return self.back(seen * function(self.eigenvalues)).view(v.shape).to(v)
+
+
+class EKFAC(Operator):
+    """The operator C of the module's docstring; `inverse` gives (C + diag(shift) + λI)⁻¹ for any damping."""
+
+    def __init__(self, template: Parameters, factors: dict[str, Factor], record: dict[str, Any]) -> None:
+        super().__init__(template)
+        self.factors, self.record = factors, record
+
+    @classmethod
+    def fit(
+        cls,
+        stage: Stage,
+        indices: Sequence[int] | None = None,
+        seed: int = 0,
+        largest: int = 2048,
+        basis_rows: int = 256,
+    ) -> EKFAC:
+        """Take the factors from the examples at `indices` (default: all).
+
+        `largest`     entries of a side up to which its eigenvectors are taken; 0 gives the diagonal alone
+        `basis_rows`  examples that the eigenvectors come from; the eigenvalues come from all
+        """
+        indices = list(range(stage.size) if indices is None else indices)
+        if not indices:
+            raise BadInput("EK-FAC needs at least one row")
+        gradients = PerExample(stage, list(stage.theta), seed)
+        shapes = {name: _shape(stage, name) for name in stage.theta}
+        dtype = torch.promote_types(stage.dtype, torch.float32)
+        sides: dict[str, list[Tensor | None]] = {}
+        for name, (k, r, c, lone) in shapes.items():
+            wide = [None if lone else r if r <= largest else None, c if c <= largest else None]
+            wide = [None, None] if stage.theta[name].dim() < 2 or not largest else wide
+            sides[name] = [None if n is None else torch.zeros(k, n, n, dtype=dtype, device=stage.device) for n in wide]
+        if any(side is not None for pair in sides.values() for side in pair):
+            step = max(1, len(indices) // basis_rows)
+            for uses in gradients(indices[::step]):
+                for name, made in uses.items():
+                    _add_grams(made, shapes[name][:3], sides[name])
+        factors = {}
+        for name, pair in sides.items():
+            left, right = (None if s is None else torch.linalg.eigh(s.double())[1].to(dtype) for s in pair)
+            factors[name] = Factor(torch.zeros(shapes[name][:3], dtype=dtype, device=stage.device), left, right)
+        for uses in gradients(indices):
+            for name, made in uses.items():
+                _add_squares([_cast(u, dtype) for u in made], factors[name])
+        factors = {n: replace(f, eigenvalues=f.eigenvalues / len(indices)) for n, f in factors.items()}
+        rows = hashlib.sha256(json.dumps([int(stage.rows[i]) for i in indices]).encode()).hexdigest()
+        record = {"rows": len(indices), "rows_sha256": rows, "seed": seed, "largest": largest, "basis_rows": basis_rows}
+        return cls(stage.theta, factors, record)
+
+    def product(self, vector: Parameters) -> Parameters:
+        return {n: self.factors[n].mapped(v, lambda e: e) for n, v in vector.items()}
+
+    def inverse(self, damping: float, shift: dict[str, float] | None = None) -> Callable[[Parameters], Parameters]:
+        """Return v ↦ (C + diag(shift) + λI)⁻¹ v. The stored factors do not change.
+
+        An eigenvalue that is nothing beside the largest, with neither shift nor damping, counts as the smallest number
+        that is something beside it, so that the map stays positive definite.
+        """
+        if not damping >= 0:
+            raise BadInput(f"the damping is {damping}; it must not be negative")
+        shift = shift or {}
+        top = max(float(f.eigenvalues.max()) for f in self.factors.values())
+        least = top * torch.finfo(next(iter(self.factors.values())).eigenvalues.dtype).eps or 1.0
+
+        def solve(vector: Parameters) -> Parameters:
+            found = {}
+            for name, v in vector.items():
+                factor, diagonal = self.factors[name], shift.get(name, 0.0) + damping
+                found[name] = factor.mapped(v, lambda e, d=diagonal: (e + d).clamp(min=least).reciprocal())  # type: ignore[misc]
+            return found
+
+        return solve
+
+    def mean_eigenvalue(self, probes: int = 0, seed: int = 0) -> float:
+        """Return tr(C)/P, exactly."""
+        return float(sum(f.eigenvalues.double().sum() for f in self.factors.values())) / self.shape[0]
+
+    def save(self, path: str | Path, stage: Stage) -> Path:
+        """Write the factors as one safetensors file; its metadata say what they are of. Returns the path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        for name, factor in self.factors.items():
+            parts = {"eigenvalues": factor.eigenvalues, "left": factor.left, "right": factor.right}
+            tensors |= {f"{name}.{part}": t.contiguous() for part, t in parts.items() if t is not None}
+        record = {"format": _FORMAT, "weights": fingerprint(stage.parameters), **self.record}
+        part = path.with_name(path.name + ".part")
+        save_file(tensors, part, metadata={"nlpinf_ekfac": json.dumps(record)})
+        part.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, stage: Stage) -> EKFAC:
+        """Read what `save` wrote; raises `BadInput` if it is of other weights or trained parameters."""
+        path = Path(path)
+        if not path.is_file():
+            raise BadInput(f"{path}: no such file of EK-FAC factors")
+        try:
+            with safe_open(path, "pt", device=str(stage.device)) as file:
+                record = json.loads((file.metadata() or {})["nlpinf_ekfac"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise BadInput(
+                f"{path}: is no file of EK-FAC factors ({' '.join(str(error).split())}); delete it"
+            ) from None
+        if record.pop("format") != _FORMAT or record.pop("weights") != fingerprint(stage.parameters):
+            raise BadInput(f"{path}: was made with other weights than stage {stage.name!r} has; delete it")
+        found = {key.removesuffix(".eigenvalues") for key in tensors if key.endswith(".eigenvalues")}
+        if odd := sorted(found ^ set(stage.theta)):
+            raise BadInput(f"{path}: differs from what stage {stage.name!r} trained, first {odd[0]!r}; delete it")
+        factors = {
+            n: Factor(tensors[f"{n}.eigenvalues"], tensors.get(f"{n}.left"), tensors.get(f"{n}.right"))
+            for n in stage.theta
+        }
+        return cls(stage.theta, factors, record)
+
+
+def planned_bytes(stage: Stage, largest: int = 2048) -> int:
+    """Return how many bytes the factors of `stage` take, in memory and on disk, without making them."""
+    total = 0
+    for name, tensor in stage.theta.items():
+        k, r, c, lone = _shape(stage, name)
+        total += tensor.numel()
+        if tensor.dim() > 1:
+            total += k * ((r * r if r <= largest and not lone else 0) + (c * c if c <= largest else 0))
+    return total * max(4, torch.finfo(stage.dtype).bits // 8)
+
+
+def _shape(stage: Stage, name: str) -> tuple[int, int, int, bool]:
+    """Return a parameter's (k, r, c), and whether its rows are words (an embedding's or output layer's)."""
+    tensor = stage.parameters[name]
+    if tensor.dim() < 2:
+        return 1, tensor.numel(), 1, True
+    head = stage.task.item_module(stage.model)
+    first = {id(p): n for n, p in stage.model.named_parameters()}
+    lone = False
+    for module in stage.model.modules():
+        if not any(p is not None and first[id(p)] == name for p in module._parameters.values()):
+            continue
+        lone |= module is head or isinstance(module, nn.Embedding)
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return 1, len(tensor), tensor[0].numel(), lone
+    *blocks, r, c = tensor.shape
+    return int(torch.Size(blocks).numel()), r, c, lone
+
+
+def _cast(use: Use, dtype: torch.dtype) -> Use:
+    if isinstance(use, Whole):
+        return Whole(use.values.to(dtype))
+    if isinstance(use, Rows):
+        return Rows(use.ids, use.right.to(dtype))
+    return Outer(use.left.to(dtype), use.right.to(dtype))
+
+
+def _add_grams(uses: list[Use], shape: tuple[int, int, int], sides: list[Tensor | None]) -> None:
+    """Add Σ_b G_b G_bᵀ and Σ_b G_bᵀ G_b to the sides that are kept."""
+    left, right = sides
+    dtype = next((s.dtype for s in sides if s is not None), None)
+    if dtype is None:
+        return
+    uses = [_cast(u, dtype) for u in uses]
+    if any(isinstance(u, Whole) for u in uses):
+        g = sum(u.values.view(-1, *shape) for u in uses if isinstance(u, Whole))
+        assert isinstance(g, Tensor)
+        if left is not None:
+            left += (g @ g.mT).sum(0)
+        if right is not None:
+            right += (g.mT @ g).sum(0)
+        return
+    # From the sides alone, Σ_ts right_t ⟨left_t, left_s⟩ right_sᵀ: no gradient is formed.
+    factored = [u for u in uses if not isinstance(u, Whole)]
+    for u in factored:
+        for v in factored:
+            if right is not None:
+                right += u.right.flatten(0, 1).T @ (_inner(u, v) @ v.right).flatten(0, 1)
+            if left is not None:
+                assert isinstance(u, Outer) and isinstance(v, Outer)
+                left += u.left.flatten(0, 1).T @ ((u.right @ v.right.mT) @ v.left).flatten(0, 1)
+
+
+def _inner(u: Outer | Rows, v: Outer | Rows) -> Tensor:
+    """Return ⟨left_t, left_s⟩ (B, T_u, T_v) for all pairs of places of an example."""
+    if isinstance(u, Rows) and isinstance(v, Rows):
+        return (u.ids[:, :, None] == v.ids[:, None]).to(u.right)
+    if isinstance(u, Rows):
+        return _inner(v, u).mT
+    if isinstance(v, Rows):
+        return u.left.gather(2, v.ids[:, None].expand(-1, u.left.shape[1], -1))
+    return u.left @ v.left.mT
+
+
+def _add_squares(uses: list[Use], factor: Factor) -> None:
+    """Add Σ_b (Q_Lᵀ G_b Q_R)² to the factor's eigenvalues."""
+    total = factor.eigenvalues
+    if any(isinstance(u, Whole) for u in uses):
+        values: Any = sum(u.values for u in uses if isinstance(u, Whole))
+        total += factor.rotated(values.view(-1, *total.shape)).square_().sum(0)
+        return
+    ql, qr = (None if q is None else q[0] for q in (factor.left, factor.right))
+    outer = [u for u in uses if isinstance(u, Outer)]
+    rows = [u for u in uses if isinstance(u, Rows)]
+    ids = torch.cat([u.ids for u in rows], 1) if rows else None
+    words = torch.cat([u.right for u in rows], 1) if rows else None
+    words = words @ qr if words is not None and qr is not None else words
+    if not outer:
+        assert ids is not None and words is not None
+        _add_row_squares(ids, words, total[0])
+        return
+    left, right = torch.cat([u.left for u in outer], 1), torch.cat([u.right for u in outer], 1)
+    left, right = left if ql is None else left @ ql, right if qr is None else right @ qr
+    _, r, c = total.shape
+    step = max(1, _BLOCK // (r * c))
+    for b in range(0, len(left), step):
+        g = left[b : b + step].mT @ right[b : b + step]
+        if ids is not None and words is not None:
+            g.scatter_add_(1, ids[b : b + step, :, None].expand(-1, -1, c), words[b : b + step])
+        total[0] += g.square_().sum(0) if len(g) > 1 else g.square_()[0]
+
+
+def _add_row_squares(ids: Tensor, words: Tensor, total: Tensor) -> None:
+    """Add the squares of an embedding's gradients, of which an example has only the rows of its own words."""
+    keys = ids + torch.arange(len(ids), device=ids.device)[:, None] * len(total)
+    distinct, where = torch.unique(keys, return_inverse=True)
+    sums = words.new_zeros(len(distinct), words.shape[-1]).index_add_(0, where.flatten(), words.flatten(0, 1))
+    total.index_add_(0, distinct % len(total), sums.square_())
