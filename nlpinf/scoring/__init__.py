@@ -2,6 +2,7 @@
 
 from nlpinf.scoring.corpus import Scorer, score
 from nlpinf.scoring.forward import BatchScores, forward_scores
+from nlpinf.scoring.shards import Shard
 from nlpinf.scoring.store import ScoredRow, Scores
 
-__all__ = ["BatchScores", "ScoredRow", "Scorer", "Scores", "forward_scores", "score"]
+__all__ = ["BatchScores", "ScoredRow", "Scorer", "Scores", "Shard", "forward_scores", "score"]

@@ -6,10 +6,8 @@ another name, synced and renamed, so that a file named `part-NNNNN.parquet` is w
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,10 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nlpinf.errors import BadInput
+from nlpinf.scoring.files import PARTIAL, disk, first_name, publish, write_table
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_PARTIAL = ".partial"
+REPEATS = "duplicates.parquet"
+CLAIM = ".claim"
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class ScoredRow:
 
     `score`             dq/dε for upweighting the example; positive = harmful
     `predicted_change`  −score/m: by about so much removing it changes the query's value, in the query's own unit
+    `count`             how many rows of the corpus have this text, where equal texts were scored once
     `loss`              g(z); `tokens` the number of its counted items
     `token_scores`      the parts that add up to `score`, if they were kept, each with its `token_ids` (the class that
                         was predicted) and `token_positions` (the place in the sequence that predicted it)
@@ -47,6 +48,7 @@ class ScoredRow:
     token_scores: list[float] | None = None
     token_ids: list[int] | None = None
     token_positions: list[int] | None = None
+    count: int | None = None
 
 
 class Store:
@@ -63,52 +65,80 @@ class Store:
         """Make the folder, or resume one whose manifest has the same `identity`; else `BadInput` names what differs."""
         folder = Path(folder)
         path = folder / MANIFEST
-        with _disk(folder):
+        with disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            old = read_manifest(folder)
-            if difference := _difference(old.get("identity"), manifest["identity"]):
-                raise BadInput(
-                    f"{folder}: {difference}; give another folder, or the arguments that it was started with"
-                )
-            return cls(folder, old)
-        if strange := [p.name for p in folder.iterdir() if not p.name.endswith(_PARTIAL)]:
-            raise BadInput(f"{folder}: is no scores folder and has files in it ({min(strange)}); give a new folder")
-        content = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False, default=str).encode() + b"\n"
-        _publish(path, lambda temporary: temporary.write_bytes(content))
-        return cls(folder, manifest)
+        if not path.exists():
+            strange = [p.name for p in folder.iterdir() if not p.name.endswith(PARTIAL)]
+            if strange and not path.exists():  # else another process made it at this moment
+                raise BadInput(f"{folder}: is no scores folder and has files in it ({min(strange)}); give a new folder")
+            content = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False, default=str).encode() + b"\n"
+            publish(path, lambda temporary: temporary.write_bytes(content), first_name)
+        old = read_manifest(folder)
+        if difference := identity_difference(old.get("identity"), manifest["identity"]):
+            raise BadInput(f"{folder}: {difference}; give another folder, or the arguments that it was started with")
+        return cls(folder, old)
+
+    @property
+    def part_rows(self) -> int:
+        """Rows in a part; the last one has what is left."""
+        return self.manifest["identity"]["part_rows"]
+
+    @property
+    def rows(self) -> int:
+        """Rows in all parts."""
+        return self.manifest["identity"]["rows"]
+
+    def has(self, part: int) -> bool:
+        """Say whether a part is there."""
+        return part_path(self.folder, part).exists()
+
+    def done(self) -> int:
+        """Return the number of rows in the parts that are there."""
+        return rows_done(self.manifest, self.missing())
 
     def missing(self) -> list[int]:
         """Return the numbers of the parts that are not there yet."""
         return missing_parts(self.folder, self.manifest)
 
     def write(self, part: int, table: pa.Table) -> None:
-        """Write a part: all of it, or nothing. Equal tables give equal bytes."""
-        _publish(part_path(self.folder, part), lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+        """Write a part: all of it, or nothing; one that is there stays. Equal tables give equal bytes."""
+        publish(part_path(self.folder, part), lambda temporary: write_table(table, temporary), first_name)
 
     def tidy(self) -> None:
         """Remove what killed processes left, once no part is missing."""
         if not self.missing():
-            for stale in self.folder.glob(f".*{_PARTIAL}"):
-                stale.unlink(missing_ok=True)
+            for ending in (PARTIAL, CLAIM):
+                for stale in self.folder.glob(f".*{ending}"):
+                    stale.unlink(missing_ok=True)
 
 
 class Scores:
     """The scores of a corpus, in a folder or in memory; read part by part, so memory does not grow with the corpus.
 
-    `manifest` tells the queries (names, values, verdicts), the corpus, `m`, the reduction and the versions.
+    `manifest` tells the queries (names, values, verdicts), the corpus, `m`, the reduction and the versions; `missing` the
+    parts that are not there, of a shard or a run that goes on.
     """
 
-    def __init__(self, manifest: dict[str, Any], parts: Sequence[Callable[[list[str] | None], pa.Table]]) -> None:
-        self.manifest = manifest
+    def __init__(
+        self,
+        manifest: dict[str, Any],
+        parts: Sequence[Callable[[list[str] | None], pa.Table]],
+        folder: Path | None = None,
+        missing: Sequence[int] = (),
+    ) -> None:
+        self.manifest, self.folder, self.missing = manifest, folder, tuple(missing)
         self._parts = parts
 
     @classmethod
-    def open(cls, folder: str | Path) -> Scores:
-        """Open a finished scores folder. Raises `BadInput` if it is none, or if its run was interrupted."""
+    def open(cls, folder: str | Path, *, partial: bool = False) -> Scores:
+        """Open a finished scores folder; with `partial` also one that lacks parts.
+
+        Raises `BadInput` if it is none, or if its run was interrupted.
+        """
         folder = Path(folder)
         manifest = read_manifest(folder)
-        if missing := missing_parts(folder, manifest):
+        missing = missing_parts(folder, manifest)
+        if missing and not partial:
             shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
             raise BadInput(
                 f"{folder}: the run that makes it was interrupted: {len(missing)} of "
@@ -119,7 +149,9 @@ class Scores:
         def reader(path: Path) -> Callable[[list[str] | None], pa.Table]:
             return lambda columns: _read(path, columns)
 
-        return cls(manifest, [reader(part_path(folder, i)) for i in range(manifest["identity"]["parts"])])
+        lacking = set(missing)
+        there = [i for i in range(manifest["identity"]["parts"]) if i not in lacking]
+        return cls(manifest, [reader(part_path(folder, i)) for i in there], folder, missing)
 
     @property
     def queries(self) -> list[str]:
@@ -132,7 +164,7 @@ class Scores:
         return self.manifest["m"]
 
     def __len__(self) -> int:
-        return self.manifest["identity"]["rows"]
+        return rows_done(self.manifest, self.missing)
 
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Yield the parts in order as Arrow tables (default: all columns)."""
@@ -198,6 +230,7 @@ class Scores:
             parts,
             values.get("token_ids"),
             values.get("token_positions"),
+            values.get("count"),
         )
 
     def _scores(self, table: pa.Table, index: int) -> np.ndarray:
@@ -220,6 +253,14 @@ class Scores:
         return query
 
 
+def write_repeats(folder: Path, rows: np.ndarray, first: np.ndarray) -> None:
+    """Write which rows have the text of an earlier one, unless that is written already."""
+    path = folder / REPEATS
+    if not path.exists():
+        table = pa.table({"row": rows, "first": first})
+        publish(path, lambda temporary: write_table(table, temporary), first_name)
+
+
 def part_path(folder: Path, part: int) -> Path:
     """Return the path of a part."""
     return folder / f"part-{part:05d}.parquet"
@@ -229,6 +270,13 @@ def missing_parts(folder: Path, manifest: dict[str, Any]) -> list[int]:
     """Return the numbers of the parts that the manifest promises and the folder lacks; one listing of the folder."""
     there = {entry.name for entry in os.scandir(folder)}
     return [i for i in range(manifest["identity"]["parts"]) if part_path(folder, i).name not in there]
+
+
+def rows_done(manifest: dict[str, Any], missing: Sequence[int]) -> int:
+    """Return the number of rows in all parts but the missing ones."""
+    identity = manifest["identity"]
+    size, rows = identity["part_rows"], identity["rows"]
+    return rows - sum(min(size, rows - part * size) for part in missing)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -259,7 +307,7 @@ def _read(path: Path, columns: list[str] | None) -> pa.Table:
         raise BadInput(f"{path}: cannot be read ({reason}); delete this part and run `nlpinf score` again") from None
 
 
-def _difference(old: Any, new: dict[str, Any]) -> str | None:
+def identity_difference(old: Any, new: dict[str, Any]) -> str | None:
     """Say in one line what the folder was started with that is not so now, the most telling first."""
     if not isinstance(old, dict):
         return "its manifest does not say what was scored"
@@ -277,46 +325,3 @@ def _difference(old: Any, new: dict[str, Any]) -> str | None:
                 told += f": {old.get(key)!r} there, {new.get(key)!r} now"
             return told
     return None
-
-
-class _disk:
-    """Turns the operating system's refusals into one line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            advice = (
-                "free some space and run again; finished parts are kept" if full else "check the folder and its rights"
-            )
-            raise BadInput(f"{self.path}: cannot be written ({error.strerror or error}); {advice}") from error
-
-
-def _publish(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file of another name, sync it, and give it its name; leave nothing if that fails."""
-    # A name of its own for each attempt, so that processes that do the same part do not write into one file.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_PARTIAL}")
-    with _disk(path):
-        try:
-            write(temporary)
-            _sync(temporary)
-            os.replace(temporary, path)
-            _sync(path.parent)
-        except FileNotFoundError:
-            if not path.exists():  # else another process finished the folder, this part too, and tidied up
-                raise
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

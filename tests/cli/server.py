@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,16 +27,19 @@ def child(request: dict[str, Any]) -> None:
         os.dup2(handle, number)
     os.chdir(request["cwd"])
     sys.argv = ["nlpinf", *request["argv"]]
-    left, replace = request["kill"], os.replace
+    left = request["kill"]
 
-    def counted(*names: Any, **options: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(*names, **options)
+    def counted(name: Callable[..., None]) -> Callable[..., None]:
+        def naming(*names: Any, **options: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            name(*names, **options)
 
-    os.replace = counted
+        return naming
+
+    os.replace, os.link = counted(os.replace), counted(os.link)
     status = 1
     try:
         main()

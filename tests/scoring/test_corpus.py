@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-import nlpinf.scoring.corpus as pass_over
+import nlpinf.scoring.rows as pass_over
 from nlpinf.data.corpus import Corpus
 from nlpinf.errors import BadInput
 from nlpinf.influence import QueryVectors
-from nlpinf.scoring import Scorer, score
-from nlpinf.scoring.corpus import RowScorer
+from nlpinf.scoring import Scorer, score, shards
+from nlpinf.scoring.rows import RowScorer
 from nlpinf.stages import Stage
 from tests.scoring.common import apart, by_loop, pretrain_stage, query_vectors, sentences
 
@@ -149,6 +149,7 @@ def test_memory_does_not_hold_results_of_parts_that_are_on_disk(
 
     import pyarrow as pa
 
+    monkeypatch.setattr(shards, "_PACE", 1e9)  # no report within a part
     stage = on_corpus("gpt2 sdpa", 60)
     held: list[int] = []
 
@@ -161,7 +162,8 @@ def test_memory_does_not_hold_results_of_parts_that_are_on_disk(
     assert len(held) == 10 and max(held[1:]) - before < 20_000
 
 
-def test_progress_counts_rows(tmp_path: Path) -> None:
+def test_progress_counts_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_PACE", 1e9)
     stage = on_corpus("gpt2 sdpa", 20)
     seen: list[tuple[int, int]] = []
     score(query_vectors(stage), out=tmp_path / "s", part_rows=8, progress=lambda *a: seen.append(a))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
@@ -133,14 +134,14 @@ import os, signal, sys
 from pathlib import Path
 from tests.scoring import test_store as T
 import nlpinf.scoring.store as store
-replace, count = os.replace, [0]
+link = os.link
 def dying(a, b):
     if str(b).endswith(sys.argv[2]):
         if sys.argv[3] == "after":
-            replace(a, b)
+            link(a, b)
         os.kill(os.getpid(), signal.SIGKILL)
-    replace(a, b)
-os.replace = dying
+    link(a, b)
+os.link = dying
 T.score(T.query_vectors(T.stage_on(), 2), out=Path(sys.argv[1]), part_rows=T.PART)
 """
 
@@ -163,8 +164,7 @@ def test_killed_and_run_again_gives_the_same_bytes(
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     partial = [name for name in files(out) if name.endswith(".partial")]
-    if moment == "before":
-        assert len(partial) == 1
+    assert len(partial) == 1
     if at != "manifest.json":
         with pytest.raises(BadInput, match=r"interrupted.*parts are missing.*nlpinf score"):
             Scores.open(out)
@@ -174,7 +174,7 @@ def test_killed_and_run_again_gives_the_same_bytes(
     before = files(out)
     score(vectors, out=out, part_rows=PART)
     assert files(out) == files(folder)
-    assert all(files(out)[name] == content for name, content in before.items() if not name.endswith(".partial"))
+    assert all(files(out)[name] == content for name, content in before.items() if not name.startswith("."))
 
 
 def test_finished_parts_are_not_touched_again(vectors: QueryVectors, folder: Path, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_finished_parts_are_not_touched_again(vectors: QueryVectors, folder: Pat
 def test_another_job_is_refused(vectors: QueryVectors, folder: Path) -> None:
     stage = vectors.stage
     before = files(folder)
-    other_weights = replace(stage, model=pretrain_stage("gpt2 eager", torch.float32).model)
+    other_weights = replace(stage, model=copy.deepcopy(stage.model))
     with torch.no_grad():
         next(other_weights.model.parameters()).view(-1)[0] += 1e-3
     shifted = Corpus(stage.data[:], rows=range(47))

@@ -1,0 +1,280 @@
+"""A corpus cut into parts, read in order as often as asked; texts are held a part at a time.
+
+A part is a range of the feed's rows: all of the corpus, or those that were chosen (`Feed.choose`, `StreamFeed.dedupe`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from nlpinf.data.corpus import Corpus, examples_sha256
+from nlpinf.data.sources import EmptyPolicy, Source, find, kept
+from nlpinf.errors import BadInput
+
+_BLOCK = 1 << 16
+
+Blocks = Callable[[], Iterator[tuple[np.ndarray, pa.Array, int]]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows in a row: their numbers (n,) int64, their texts if they have any, and the examples that the task takes."""
+
+    number: int
+    rows: np.ndarray
+    texts: pa.ChunkedArray | None
+    read: Callable[[], Sequence[Any]]
+    counts: np.ndarray | None = None
+
+    @cached_property
+    def examples(self) -> Sequence[Any]:
+        """The examples, made when first asked for: most processes skip most parts."""
+        return self.read()
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Rows whose text an earlier row has: `rows` and, beside each, the number of that `first` row; both (n,) int64."""
+
+    rows: np.ndarray
+    first: np.ndarray
+
+
+class Feed(ABC):
+    """Rows of a corpus in order. `size` of them are fed, of `total`; `sha256` is that of all texts or examples."""
+
+    path: str | None
+    skipped: dict[str, int]
+    total: int
+    sha256: str
+    chosen: np.ndarray | None = None  # (total,) bool
+    counts: np.ndarray | None = None  # (size,) int32
+    repeats: Repeats | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of rows fed."""
+        return self.total if self.chosen is None else int(self.chosen.sum())
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """The numbers of the rows fed, (size,) int64."""
+        return self.all_rows if self.chosen is None else self.all_rows[self.chosen]
+
+    @property
+    @abstractmethod
+    def all_rows(self) -> np.ndarray:
+        """The numbers of all rows of the corpus, (total,) int64."""
+
+    @abstractmethod
+    def parts(self, wanted: Iterable[int], part_rows: int) -> Iterator[Part]:
+        """Yield the parts of these numbers, which ascend; one pass over the corpus."""
+
+    @abstractmethod
+    def choose(self, chosen: np.ndarray) -> Feed:
+        """Return the feed of the rows at which `chosen`, (total,) bool, is true; they keep their numbers."""
+
+    def rows_sha256(self) -> str:
+        """Return the sha256 of the numbers of the rows fed."""
+        return hashlib.sha256(np.ascontiguousarray(self.rows, "<i8").tobytes()).hexdigest()
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether rows have texts to keep."""
+        return True
+
+
+class StreamFeed(Feed):
+    """A feed of texts from blocks (row numbers, texts, rows left out) that can be read again and again.
+
+    Holds 8 bytes a row for its number (and while it looks for repeated texts, 16 more), and the texts of a block.
+    """
+
+    def __init__(self, blocks: Blocks, path: str | None = None, skipped: dict[str, int] | None = None) -> None:
+        self._blocks, self.path = blocks, path
+        self.skipped = dict(skipped or {})
+        self._scanned: tuple[str, np.ndarray] | None = None
+
+    @classmethod
+    def of(cls, source: Source, empty: EmptyPolicy = "error") -> StreamFeed:
+        """Return the feed of a source; reads it once, to count, number and hash its rows."""
+        feed = cls(lambda: kept(source, empty), source.name)
+        feed._scan()
+        return feed
+
+    @classmethod
+    def of_corpus(cls, corpus: Corpus) -> StreamFeed:
+        """Return the feed of a corpus in memory, without copying it."""
+        numbers = corpus.rows.numpy()
+
+        def blocks() -> Iterator[tuple[np.ndarray, pa.Array, int]]:
+            for start in range(0, len(corpus), _BLOCK):
+                stop = min(start + _BLOCK, len(corpus))
+                yield numbers[start:stop], corpus.texts(start, stop), 0
+
+        feed = cls(blocks, corpus.path, corpus.skipped)
+        feed._scanned = corpus.sha256, numbers
+        return feed
+
+    def _scan(self) -> None:
+        digest, numbers, blank = hashlib.sha256(), [], 0
+        for rows, texts, left_out in self._blocks():
+            digest.update("\n".join([*texts.to_pylist(), ""]).encode())
+            numbers.append(rows)
+            blank += left_out
+        if not sum(map(len, numbers)):
+            raise BadInput(f"{self.path}: the corpus is empty; give one with at least one sentence")
+        if blank:
+            self.skipped["empty"] = blank
+        self._scanned = digest.hexdigest(), np.concatenate(numbers)
+
+    @property
+    def sha256(self) -> str:  # type: ignore[override]
+        """The sha256 of all texts, each followed by "\\n"."""
+        assert self._scanned is not None
+        return self._scanned[0]
+
+    @property
+    def all_rows(self) -> np.ndarray:
+        assert self._scanned is not None
+        return self._scanned[1]
+
+    @property
+    def total(self) -> int:  # type: ignore[override]
+        """The number of rows of the corpus."""
+        return len(self.all_rows)
+
+    def choose(self, chosen: np.ndarray) -> StreamFeed:
+        feed = StreamFeed(self._blocks, self.path, self.skipped)
+        feed._scanned, feed.chosen = self._scanned, chosen
+        return feed
+
+    def dedupe(self) -> StreamFeed:
+        """Return the feed of the first row of every text, with `counts` and `repeats`; texts are told apart by a 128-bit hash."""
+        hashes = np.empty((self.total, 2), np.uint64)
+        start = 0
+        for _, texts, _ in self._blocks():
+            marks = [hashlib.blake2b(t.encode(), digest_size=16).digest() for t in texts.to_pylist()]
+            hashes[start : start + len(marks)] = np.frombuffer(b"".join(marks), "<u8").reshape(-1, 2)
+            start += len(marks)
+        order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: of equal texts the first row comes first
+        new = np.ones(len(order), bool)
+        new[1:] = (hashes[order[1:]] != hashes[order[:-1]]).any(1)
+        del hashes
+        heads = order[new]
+        group = np.cumsum(new) - 1
+        chosen = np.zeros(len(order), bool)
+        chosen[heads] = True
+        counts = np.bincount(group).astype(np.int32)[np.argsort(heads)]
+        later = order[~new]
+        first = heads[group[~new]]
+        ascending = np.argsort(later)
+        feed = self.choose(chosen)
+        feed.counts = counts
+        feed.repeats = Repeats(self.all_rows[later[ascending]], self.all_rows[first[ascending]])
+        feed.skipped = {**self.skipped, **({"repeated": len(later)} if len(later) else {})}
+        return feed
+
+    def parts(self, wanted: Iterable[int], part_rows: int) -> Iterator[Part]:
+        todo = iter(wanted)
+        part = next(todo, None)
+        pieces: list[pa.Array] = []
+        seen = passed = 0  # rows of the corpus, rows of the feed
+        for _, texts, _ in self._blocks():
+            if part is None:
+                return
+            if self.chosen is not None:
+                here = self.chosen[seen : seen + len(texts)]
+                seen += len(texts)
+                if passed + (count := int(here.sum())) <= part * part_rows:
+                    passed += count
+                    continue
+                texts = texts.filter(pa.array(here))
+            end = passed + len(texts)
+            while part is not None and (start := part * part_rows) < end:
+                stop = min(start + part_rows, self.size)
+                first = max(start, passed)
+                pieces.append(texts.slice(first - passed, min(stop, end) - first))
+                if stop > end:
+                    break
+                column = pa.chunked_array(pieces)
+                counts = None if self.counts is None else self.counts[start:stop]
+                yield Part(part, self.rows[start:stop], column, column.to_pylist, counts)
+                pieces, part = [], next(todo, None)
+            passed = end
+        if part is not None:
+            raise BadInput(
+                f"{self.path}: has fewer rows than a moment ago; a corpus must stay as it is while it is scored"
+            )
+
+
+class SequenceFeed(Feed):
+    """A feed of any sequence of examples in memory: labelled rows, lists of token ids, tensors."""
+
+    def __init__(self, data: Sequence[Any], chosen: np.ndarray | None = None) -> None:
+        self._data, self.chosen = data, chosen
+        self.path = getattr(data, "path", None)
+        self.skipped = dict(getattr(data, "skipped", {}))
+        self.total = len(data)
+
+    @cached_property
+    def sha256(self) -> str:  # type: ignore[override]
+        """The sha256 of the examples."""
+        return examples_sha256(self._data)
+
+    @cached_property
+    def all_rows(self) -> np.ndarray:
+        rows = getattr(self._data, "rows", None)
+        return np.arange(self.total) if rows is None else np.asarray(rows, np.int64)
+
+    @property
+    def has_texts(self) -> bool:
+        return hasattr(self._data, "texts") and self._data.texts(0, 1) is not None
+
+    def choose(self, chosen: np.ndarray) -> SequenceFeed:
+        return SequenceFeed(self._data, chosen)
+
+    def parts(self, wanted: Iterable[int], part_rows: int) -> Iterator[Part]:
+        places = np.arange(self.total) if self.chosen is None else np.flatnonzero(self.chosen)
+        for part in wanted:
+            here = places[part * part_rows : (part + 1) * part_rows]
+            texts = None
+            if self.has_texts:
+                first = int(here[0])
+                block = self._data.texts(first, int(here[-1]) + 1)  # type: ignore[attr-defined]
+                texts = pa.chunked_array([block.take(pa.array(here - first))])
+            read: Callable[[], Sequence[Any]] = lambda here=here: [self._data[int(i)] for i in here]  # type: ignore[misc]  # noqa: E731
+            yield Part(part, self.all_rows[here], texts, read)
+
+
+def feed_of(corpus: Any, empty: EmptyPolicy = "error") -> Feed:
+    """Return the feed of whatever a corpus may be: a path, a source, a `datasets` object, a `Corpus`, or examples."""
+    if isinstance(corpus, Feed):
+        return corpus
+    if isinstance(corpus, str | Path) or type(corpus).__module__.startswith("datasets."):
+        return StreamFeed.of(find(corpus), empty)
+    if isinstance(corpus, Source):
+        return StreamFeed.of(corpus, empty)
+    if isinstance(corpus, Corpus):
+        return StreamFeed.of_corpus(corpus)
+    if not len(corpus):
+        raise BadInput("the corpus is empty; give at least one example")
+    if all(isinstance(corpus[i], str) for i in range(len(corpus))):
+        return StreamFeed.of_corpus(Corpus(corpus))
+    return SequenceFeed(corpus)
+
+
+def deduped(feed: Feed) -> StreamFeed:
+    """Return the feed without repeated texts; `BadInput` if the examples are no texts."""
+    if not isinstance(feed, StreamFeed):
+        raise BadInput("only texts can be deduplicated; these examples are labelled rows, token ids or tensors")
+    return feed.dedupe()
