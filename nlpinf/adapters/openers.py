@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from nlpinf.adapters.allennlp_classifier import RECIPE, ArchiveClassifier
 from nlpinf.adapters.elmo.language_model import ElmoLM
 from nlpinf.adapters.heads import HEAD, TextClassifier
 from nlpinf.data.vocabulary import Vocabulary
@@ -118,7 +119,7 @@ class Elmo(Opener):
 
 
 class ElmoClassifier(Opener):
-    """A `TextClassifier` on an ELMo encoder, which reads characters and so needs no words."""
+    """A `TextClassifier` on an ELMo encoder, or one from AllenNLP: both read characters and so need no words."""
 
     def task(self, settings: dict[str, Any], words: Any) -> Task:
         return WordClassification(**settings)
@@ -127,7 +128,8 @@ class ElmoClassifier(Opener):
         return None
 
     def open(self, folder: Path) -> tuple[nn.Module, None]:
-        return TextClassifier.from_pretrained(folder), None
+        kind = ArchiveClassifier if (folder / RECIPE).exists() else TextClassifier
+        return kind.from_pretrained(folder), None
 
 
 OPENERS: dict[str, Opener] = {
