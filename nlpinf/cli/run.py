@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import typer
+from rich.console import Group
 from rich.table import Table
 
 from nlpinf.adapters.huggingface import write_json
@@ -37,15 +39,22 @@ def run(
 
 def execute(recipe: Recipe, out: Path, json_: bool, result: Path | None, command: str) -> None:
     """Run and print; `command` is what a result file names."""
+    outcomes: dict[str, tuple[Outcome, Path]] = {}
     with console.bars() as bars:
-        runner = Runner(recipe, out, bars, lambda line: console.err.print(line, highlight=False))
-        outcome = runner.run()
+        runners = Runner.of_each(recipe, out, bars, lambda line: console.err.print(line, highlight=False))
+        for case, runner in runners.items():
+            outcomes[case] = runner.run(), runner.out
     if result is not None:
-        write_json(result, measured(out, command, outcome.seconds))
+        found = {case: measured(folder, command, outcome.seconds) for case, (outcome, folder) in outcomes.items()}
+        write_json(result, found if len(found) > 1 else next(iter(found.values())))
+    contents = {case: _content(outcome, folder) for case, (outcome, folder) in outcomes.items()}
     if json_:
-        console.print_json(_content(outcome, out))
-    else:
-        _print(outcome, out)
+        console.print_json(contents if len(contents) > 1 else next(iter(contents.values())))
+        return
+    for case, (outcome, folder) in outcomes.items():
+        if len(outcomes) > 1:
+            console.out.print(f"\n[bold]{case}[/bold]")
+        _print(outcome, folder)
 
 
 def _content(outcome: Outcome, out: Path) -> dict[str, Any]:
@@ -78,26 +87,26 @@ def _print(outcome: Outcome, out: Path) -> None:
     print_(f"\n{len(scores):,} sentences scored in {out}/scores; the report is {outcome.report}", highlight=False)
 
 
-def verdict_table(queries: list[dict[str, Any]]) -> Table:
-    """Return how every solve ended."""
+def verdict_table(queries: list[dict[str, Any]]) -> Group:
+    """Return the queries with their values, and how every solve ended."""
+    names = [f"query {i}: {console.shown(q['name'], 100)}, value {q['value']:.4f}" for i, q in enumerate(queries)]
     table = Table(title="Solves", title_justify="left", title_style="bold", box=None, padding=(0, 1))
-    for name in ("query", "value", "stage", "verdict"):
-        table.add_column(name, overflow="fold")
+    for name in ("query", "stage", "verdict"):
+        table.add_column(name)
     for name in ("residual", "second sample", "products"):
         table.add_column(name, justify="right")
-    for query in queries:
+    for i, query in enumerate(queries):
         for stage, end in query["verdicts"].items():
             second = end["second_residual"]
             table.add_row(
-                console.shown(query["name"], 60),
-                f"{query['value']:.4f}",
+                str(i),
                 stage,
                 end["verdict"],
                 "not finite" if end["residual"] is None else f"{end['residual']:.1e}",
                 "–" if second is None else f"{second:.2f}",
                 str(end["products"]),
             )
-    return table
+    return Group(*names, "", table)
 
 
 def _removal_table(outcome: Outcome) -> Table:
@@ -109,14 +118,28 @@ def _removal_table(outcome: Outcome) -> Table:
         padding=(0, 1),
     )
     table.add_column("removed")
-    for name in ("rows", "predicted", "actual", "accuracy"):
+    random = [entry["actual"] for entry in outcome.removal if entry["name"].startswith("random")]
+    control = fmean(random) if random else None
+    for name in ("rows", "predicted", "actual", *([] if control is None else ["beyond random"]), "accuracy"):
         table.add_column(name, justify="right")
     for entry in outcome.removal:
+        beyond = [] if control is None else [f"{entry['actual'] - control:+.4f}"]
         table.add_row(
             entry["name"],
             str(len(entry["rows"])),
             f"{entry['predicted']:+.4f}",
             f"{entry['actual']:+.4f}",
+            *beyond,
             f"{entry['accuracy']:.3f}",
         )
+    if control is not None:
+        table.caption_justify, table.caption = "left", _control(random, control)
     return table
+
+
+def _control(random: list[float], control: float) -> str:
+    """Say what retraining does of itself: rows drawn at random predict next to no change."""
+    return (
+        f"Removing as many rows at random changed it by {control:+.4f} on average ({min(random):+.4f} to {max(random):+.4f}): "
+        "what training again does of itself. Beyond random is the change less that average."
+    )

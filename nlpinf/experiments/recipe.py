@@ -27,21 +27,35 @@ class TrainingSettings(_Strict):
 
 
 class TokenizerSettings(_Strict):
-    """The tokenizer that is trained on the pretraining corpus."""
+    """The tokenizer that is trained on the pretraining corpus; `kind` by default wordpiece for a masked LM, bpe for a causal one."""
 
-    kind: Literal["wordpiece", "bpe"] = "wordpiece"
+    kind: Literal["wordpiece", "bpe"] | None = None
     size: int = Field(4000, ge=64)
     lowercase: bool = True
 
 
 class PretrainSettings(_Strict):
-    """The first stage. `model` is a Hugging Face config: `type` and its own fields."""
+    """The first stage.
+
+    `model` is a Hugging Face config (`type` and its own fields) to train from scratch with a tokenizer of its own, or the
+    folder of a pretrained model, whose tokenizer is used; for a bilm the sizes of an ELMo. `preset` (small, medium,
+    original) stands for sizes that are not named. `train: head` fits what is not the encoder's and leaves the encoder as
+    it is; scores are of all parameters all the same. A bilm has a `vocabulary` of so many words, and a softmax sampled
+    with `negatives` (0: the full one; default: by the vocabulary's size). The last `held_out` rows of the corpus are not
+    trained on: the perplexity before and after is measured on them.
+    """
 
     corpus: str
-    task: Literal["masked_lm", "causal_lm"] = "masked_lm"
+    text_column: str = "text"
+    split: str | None = None
+    task: Literal["masked_lm", "causal_lm", "bilm"] = "masked_lm"
     empty: Literal["error", "skip"] = "error"
+    held_out: int = Field(0, ge=0)
+    vocabulary: int = Field(8000, ge=4)
+    negatives: int | None = Field(None, ge=0)
     tokenizer: TokenizerSettings = TokenizerSettings()  # type: ignore[call-arg]
-    model: dict[str, Any]
+    model: dict[str, Any] | str
+    train: Literal["all", "head"] = "all"
     max_length: int = Field(64, ge=2)
     masks: int = Field(1, ge=1)
     probability: float = Field(0.15, gt=0, lt=1)
@@ -50,14 +64,22 @@ class PretrainSettings(_Strict):
 
 
 class HeadChoice(_Strict):
-    """The classification head: pooling over tokens, then linear (`hidden` 0) or one hidden layer."""
+    """The classification head: a mix of layers or the last, a BiLSTM (`lstm` units) or none, pooling, linear or one hidden layer."""
 
     pooling: Literal["mean", "max", "attention", "first"] = "mean"
     hidden: int = Field(0, ge=0)
+    layers: Literal["last", "mix"] = "last"
+    lstm: int = Field(0, ge=0)
+
+
+Transfer = Literal["proximity", "frozen"]
 
 
 class FinetuneSettings(_Strict):
-    """The second stage: `test` names a file, or `test_share` of `data` is held out by the seed."""
+    """The second stage: `test` names a file, or `test_share` of `data` is held out by the seed.
+
+    A list of transfers finetunes, asks and scores once for each, in folders of their names.
+    """
 
     data: str
     test: str | None = None
@@ -65,9 +87,14 @@ class FinetuneSettings(_Strict):
     labels: int = Field(2, ge=2)
     max_length: int | None = None
     head: HeadChoice = HeadChoice()  # type: ignore[call-arg]
-    transfer: Literal["proximity", "frozen"] = "proximity"
+    transfer: Transfer | Annotated[list[Transfer], Field(min_length=1)] = "proximity"
     alpha: float = Field(1e-3, gt=0)
     training: TrainingSettings = TrainingSettings()  # type: ignore[call-arg]
+
+    @property
+    def transfers(self) -> list[Transfer]:
+        """The transfers, one or several."""
+        return list(dict.fromkeys(self.transfer)) if isinstance(self.transfer, list) else [self.transfer]
 
 
 class RelativeDamping(_Strict):
@@ -77,15 +104,20 @@ class RelativeDamping(_Strict):
 
 
 Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)] | RelativeDamping
+Sample = Annotated[int, Field(ge=1)] | None
 
 
 class QuerySettings(_Strict):
-    """What is asked, and how it is pulled back. `damping` is one for both stages or a list: pretraining, finetuning."""
+    """What is asked, and how it is pulled back.
+
+    `damping` and `sample` (rows that carry the curvature; null for all) are one for both stages or a list: pretraining,
+    finetuning.
+    """
 
     misclassified: int = Field(3, ge=0)
     curvature: Literal["ggn", "hessian", "fisher"] = "ggn"
     damping: Damping | list[Damping] = RelativeDamping(relative=0.01)
-    sample: int | None = Field(None, ge=1)
+    sample: Sample | list[Sample] = None
     tolerance: float = Field(1e-3, gt=0, lt=1)
     max_iterations: int = Field(1000, ge=1)
     allow_unconverged: bool = False
@@ -98,10 +130,11 @@ class ReportSettings(_Strict):
 
 
 class RemoveSettings(_Strict):
-    """Remove `share` of the corpus (most harmful, most helpful, `random` draws), retrain both stages, compare."""
+    """Remove `share` of the corpus (most harmful, `random` draws, most helpful unless not `helpful`), retrain both stages, compare."""
 
     share: float = Field(0.05, gt=0, lt=1)
     random: int = Field(3, ge=0)
+    helpful: bool = True
 
 
 class Recipe(_Strict):
@@ -149,7 +182,7 @@ def _rank(error: Any) -> int:
 
 
 def _told(error: Any) -> str:
-    forms = ("constrained-float", "float", "RelativeDamping", "list[")  # pydantic names the form that it tried
+    forms = ("constrained-float", "constrained-int", "float", "int", "RelativeDamping", "list[")  # pydantic names the form that it tried
     place = [str(part) for part in error["loc"] if not str(part).startswith(forms)]
     key = ".".join(place)
     if error["type"] == "extra_forbidden":

@@ -27,8 +27,10 @@ def removed_rows(share: float, rows: int) -> int:
     return count
 
 
-def removals(scores: Scores, share: float, draws: int, seed: int = 0, query: int = 0) -> list[Removal]:
-    """Return the most harmful `share` of the rows, `draws` random sets of as many, and the most helpful."""
+def removals(
+    scores: Scores, share: float, draws: int, seed: int = 0, query: int = 0, *, helpful: bool = True
+) -> list[Removal]:
+    """Return the most harmful `share` of the rows, `draws` random sets of as many, and with `helpful` the most helpful."""
     values, rows = scores.column(query).astype(np.float64), scores.rows
     count = removed_rows(share, len(rows))
     order = np.argsort(-values, kind="stable")
@@ -36,7 +38,8 @@ def removals(scores: Scores, share: float, draws: int, seed: int = 0, query: int
     chosen = {"most harmful": order[:count]}
     for draw in range(draws):
         chosen[f"random {draw + 1}"] = generator.choice(len(rows), count, replace=False)
-    chosen["most helpful"] = order[-count:]
+    if helpful:
+        chosen["most helpful"] = order[-count:]
     return [
         Removal(name, sorted(rows[where].tolist()), float(-values[where].sum() / scores.m))
         for name, where in chosen.items()

@@ -6,8 +6,9 @@ Each step leaves its result in the folder and is skipped when the result is ther
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,44 @@ class Outcome:
 
 
 class Runner:
-    """Runs `recipe` in `out`; `progress` gets (step, done, total, note), `say` one line a step."""
+    """Runs `recipe`, which has one transfer, in `out`; `progress` gets (step, done, total, note), `say` one line a step.
+
+    `pretrain` is the folder of the pretraining (default: in `out`) and `retrained` holds pretrained stages by the rows that
+    they did without; both may be shared with a runner of the same recipe with another transfer.
+    """
 
     def __init__(
-        self, recipe: Recipe, out: str | Path, progress: Progress | None = None, say: Say | None = None
+        self,
+        recipe: Recipe,
+        out: str | Path,
+        progress: Progress | None = None,
+        say: Say | None = None,
+        *,
+        pretrain: Path | None = None,
+        retrained: dict[tuple[int, ...], Stage] | None = None,
     ) -> None:
         self.out, self.progress, self.say = Path(out), progress, say or (lambda _: None)
+        self.pretrain = pretrain or self.out / "pretrain"
+        self.retrained = {} if retrained is None else retrained
         self.recipe = recipe.model_copy(update={"versions": versions()})
-        self.make = Recipes(self.recipe, self.out / "pretrain")
+        (self.transfer,) = recipe.finetune.transfers
+        self.make = Recipes(self.recipe, self.pretrain)
         self._claim()
+
+    @classmethod
+    def of_each(
+        cls, recipe: Recipe, out: str | Path, progress: Progress | None = None, say: Say | None = None
+    ) -> dict[str, Runner]:
+        """Return a runner for each transfer of the recipe, by its name, in folders of these names where it has several."""
+        if not isinstance(recipe.finetune.transfer, list):
+            return {recipe.finetune.transfer: cls(recipe, out, progress, say)}
+        runners: dict[str, Runner] = {}
+        retrained: dict[tuple[int, ...], Stage] = {}
+        for transfer in recipe.finetune.transfers:
+            one = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"transfer": transfer})})
+            pretrain = Path(out) / "pretrain"
+            runners[transfer] = cls(one, Path(out) / transfer, progress, say, pretrain=pretrain, retrained=retrained)
+        return runners
 
     def _claim(self) -> None:
         path = self.out / "recipe.yaml"
@@ -75,7 +105,7 @@ class Runner:
         return Outcome(scores, result["test_loss"], result["accuracy"], removal, page, time.monotonic() - start)
 
     def _stages(self) -> None:
-        pretrain, finetune = self.out / "pretrain", self.out / "finetune"
+        pretrain, finetune = self.pretrain, self.out / "finetune"
         if (finetune / RECORD).exists():
             self.say("pretrain and finetune: done before")
             return
@@ -84,33 +114,49 @@ class Runner:
             self.say("pretrain: done before")
             pretrained = Stage.from_run(pretrain)
         else:
-            pretrained = self.make.pretrain(progress=self.progress)
-            where = str(self.make.corpus.path)
-            where = where if where.startswith(shipped.PREFIX) else str(Path(where).resolve())
-            data = {"path": where, "reading": {"empty": self.recipe.pretrain.empty}}
-            save_run(pretrained, pretrain, data=data, training=self.recipe.pretrain.training.model_dump(), **seeds)
+            pretrained = self._pretrained()
         for name, rows in zip(("train", "test"), self.make.labelled):
-            _write_rows(self.out / "data" / f"{name}.jsonl", rows)
-        finetuned = self.make.finetune(pretrained, self.progress)
-        result = self.make.result(finetuned)
-        write_json(self.out / "result.json", {"test_loss": result.loss, "accuracy": result.accuracy})
-        settings = self.recipe.finetune
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            _write_text(self.out / "data" / f"{name}.jsonl", lines)
+        finetuned, fitted = self.make.finetune(pretrained, self.transfer, self.progress)
+        result, record = self.make.result(finetuned), read_json(pretrain / RECORD, "a run")
+        content = {"test_loss": result.loss, "accuracy": result.accuracy, "losses": result.losses}
+        content |= {"bag_of_words_accuracy": self.make.bag_of_words()}
+        if "perplexity" in record:
+            content["perplexity"] = record["perplexity"]
+        write_json(self.out / "result.json", content)
         save_run(
             finetuned,
             finetune,
             data={"path": "../data/train.jsonl"},
-            transfer="frozen" if settings.transfer == "frozen" else {"proximity": settings.alpha},
-            parent={"run": "../pretrain", "weights": read_json(pretrain / RECORD, "a run")["weights"]},
-            training=settings.training.model_dump(),
+            transfer="frozen" if self.transfer == "frozen" else {"proximity": self.recipe.finetune.alpha},
+            parent={"run": Path(os.path.relpath(pretrain, finetune)).as_posix(), "weights": record["weights"]},
+            training=fitted.training,
             **seeds,
         )
+
+    def _pretrained(self) -> Stage:
+        make, settings = self.make, self.recipe.pretrain
+        data: dict[str, Any] = {"path": shipped.absolute(str(make.corpus.path)), "reading": make.reading}
+        measured: dict[str, Any] = {}
+        if settings.held_out:
+            data = {"path": "../data/corpus.txt"}
+            _write_text(self.pretrain.parent / "data" / "corpus.txt", (text + "\n" for text in make.corpus))
+            measured = {"before": make.perplexity(make.untrained())}
+        pretrained = make.pretrain(progress=self.progress)
+        if settings.held_out:
+            measured |= {"after": make.perplexity(pretrained), "rows": settings.held_out}
+        more = {"perplexity": measured} if measured else {}
+        training = settings.training.model_dump()
+        save_run(pretrained, self.pretrain, data=data, training=training, seed=self.recipe.seed, **more)
+        return pretrained
 
     def _query(self) -> None:
         folder, settings = self.out / "query", self.recipe.query
         if (folder / querystore.MANIFEST).exists():
             self.say("query: done before")
             return
-        chain = chain_from_runs([self.out / "pretrain", self.out / "finetune"])
+        chain = chain_from_runs([self.pretrain, self.out / "finetune"])
         given = settings.damping if isinstance(settings.damping, list) else [settings.damping] * len(chain.links)
         damping = [Relative(d.relative) if isinstance(d, RelativeDamping) else d for d in given]
         queries = self.make.queries(chain.stages[-1])
@@ -166,22 +212,29 @@ class Runner:
         done: list[dict[str, Any]] = []
         folder = self.out / "removal"
         folder.mkdir(exist_ok=True)
-        for removal in removals(scores, self.recipe.remove.share, self.recipe.remove.random, self.recipe.seed):
+        plan = self.recipe.remove
+        for removal in removals(scores, plan.share, plan.random, self.recipe.seed, helpful=plan.helpful):
             path = folder / f"{removal.name.replace(' ', '-')}.json"
             if path.exists():
                 done.append(read_json(path, "a removal"))
                 continue
             label = f"without {removal.name}"
-            pretrained = self.make.pretrain(removal.rows, self.progress, label)
-            result = self.make.result(self.make.finetune(pretrained, self.progress, label + ", finetune"))
+            pretrained = self._retrained(removal.rows, label)
+            finetuned, _ = self.make.finetune(pretrained, self.transfer, self.progress, label + ", finetune")
+            result = self.make.result(finetuned)
             entry = {**asdict(removal), "actual": result.loss - base["test_loss"], **asdict(result)}
             write_json(path, entry)
             done.append(entry)
         return done
 
+    def _retrained(self, rows: list[int], label: str) -> Stage:
+        if tuple(rows) not in self.retrained:
+            self.retrained[tuple(rows)] = self.make.pretrain(rows, self.progress, label)
+        return self.retrained[tuple(rows)]
 
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+
+def _write_text(path: Path, lines: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    part.write_text("".join(lines), encoding="utf-8", newline="\n")
     part.replace(path)

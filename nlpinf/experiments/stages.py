@@ -3,52 +3,77 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
-from nlpinf.adapters.heads import HeadSettings, TextClassifier
-from nlpinf.adapters.huggingface import RECORD, build_task, new_model, shared_names
-from nlpinf.adapters.tokenizers import train_tokenizer
+from nlpinf.adapters.heads import HeadSettings
+from nlpinf.adapters.huggingface import RECORD
+from nlpinf.adapters.pretrained import head_names
+from nlpinf.data import shipped
 from nlpinf.data.corpus import Corpus, read_labelled
 from nlpinf.errors import BadInput
-from nlpinf.experiments.recipe import Recipe, TrainingSettings
+from nlpinf.experiments.building import KINDS, Fitted, Progress, anchor, finetuning, fit, perplexity, pretraining
+from nlpinf.experiments.recipe import Recipe, Transfer
 from nlpinf.experiments.removal import removed_rows
 from nlpinf.queries import Query
-from nlpinf.stages import Chain, Proximity, Stage, evaluation
-from nlpinf.tasks import SequenceClassification
-from nlpinf.training import Anchor, Training, train
+from nlpinf.stages import Stage, evaluation
 
-Progress = Callable[[str, int, int, str], None]
+__all__ = ["Progress", "Recipes", "Result", "misclassified", "predictions"]
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of a finetuned model on its test set: mean loss and accuracy."""
+    """Of a finetuned model on its test set: mean loss, accuracy, and the loss of every row."""
 
     loss: float
     accuracy: float
+    losses: list[float]
 
 
 class Recipes:
-    """The data and tokenizer of a recipe, and its stages trained on all of the corpus or on part of it.
+    """The data and words of a recipe, and its stages trained on all of the corpus or on part of it.
 
-    `run` is where the pretraining run lies or will lie: once it is there, its tokenizer is the recipe's.
+    `run` is where the pretraining run lies or will lie: once it is there, its words are the recipe's.
     """
 
     def __init__(self, recipe: Recipe, run: Path | None = None) -> None:
         self.recipe, self.run = recipe, run
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the corpus is read."""
+        settings = self.recipe.pretrain
+        return {"empty": settings.empty, "text_column": settings.text_column, "split": settings.split}
+
+    @cached_property
+    def _whole(self) -> Corpus:
+        return Corpus.read(self.recipe.pretrain.corpus, **self.reading)
+
     @cached_property
     def corpus(self) -> Corpus:
-        """The pretraining corpus."""
-        return Corpus.read(self.recipe.pretrain.corpus, empty=self.recipe.pretrain.empty)
+        """The pretraining corpus, without the rows that are held out."""
+        kept = len(self._whole) - self.recipe.pretrain.held_out
+        if kept == len(self._whole):
+            return self._whole
+        if kept < 1:
+            raise BadInput(
+                f"pretrain.held_out is {self.recipe.pretrain.held_out} rows, but {self.recipe.pretrain.corpus} has "
+                f"{len(self._whole)}; hold out fewer"
+            )
+        return Corpus(self._whole.texts(0, kept), self._whole.rows[:kept], path=self._whole.path)
+
+    @cached_property
+    def held_out(self) -> list[str]:
+        """The texts at the end of the corpus that are not trained on."""
+        return self._whole[len(self.corpus) :]
 
     @cached_property
     def labelled(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -66,85 +91,66 @@ class Recipes:
         return rows[held_out:], rows[:held_out]
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the run, else one trained on all of the corpus."""
+    def words(self) -> Any:
+        """The tokenizer or vocabulary of the run or of the pretrained model, else one made from all of the corpus."""
+        kind, model = KINDS[self.recipe.pretrain.task], self.recipe.pretrain.model
         if self.run is not None and (self.run / RECORD).exists():
-            return AutoTokenizer.from_pretrained(self.run)
-        settings = self.recipe.pretrain.tokenizer
-        texts = (self.corpus[i] for i in range(len(self.corpus)))
-        return train_tokenizer(settings.kind, texts, settings.size, lowercase=settings.lowercase)
+            return kind.open_words(self.run)
+        if isinstance(model, str):
+            return kind.open_words(shipped.resolve(model))
+        return kind.words(self.recipe.pretrain, self.corpus)
 
     def check(self) -> None:
         """Raise `BadInput` for what can be known to be wrong before anything is trained or written."""
         recipe, rows = self.recipe, len(self.corpus)
-        if recipe.query.sample is not None and recipe.query.sample > rows:
-            raise BadInput(
-                f"query.sample is {recipe.query.sample} rows, but {recipe.pretrain.corpus} has {rows}; give at most that"
-            )
-        if isinstance(recipe.query.damping, list) and len(recipe.query.damping) != 2:
-            raise BadInput(
-                f"query.damping lists {len(recipe.query.damping)} values for 2 stages; give pretraining's and finetuning's"
-            )
+        sizes = {"pretraining": rows, "finetuning": len(self.labelled[0])}
+        for key in ("sample", "damping"):
+            given = getattr(recipe.query, key)
+            if isinstance(given, list) and len(given) != len(sizes):
+                raise BadInput(
+                    f"query.{key} lists {len(given)} values for 2 stages; give pretraining's and finetuning's"
+                )
+        samples = recipe.query.sample
+        for (stage, size), sample in zip(sizes.items(), samples if isinstance(samples, list) else [samples]):
+            if sample is not None and sample > size:
+                raise BadInput(f"query.sample is {sample} rows, but {stage} has {size}; give at most that")
         if recipe.remove is not None:
             removed_rows(recipe.remove.share, rows)
         if len({row["label"] for row in self.labelled[0]}) < 2:
             raise BadInput(
                 f"{recipe.finetune.data}: the rows left to train on are all of one class; make test_share smaller"
             )
-        self.new_model()
+        self.untrained()
 
-    def new_model(self) -> nn.Module:
-        """The pretraining model at its seeded initialisation."""
-        settings = self.recipe.pretrain
-        return new_model(settings.task, settings.model, self.tokenizer, settings.max_length, self.recipe.seed)
+    def untrained(self) -> Stage:
+        """The first stage at its seeded initialisation."""
+        return pretraining(self.recipe.pretrain, self.corpus, self.words, self.recipe.seed)
 
     def pretrain(
         self, exclude: Collection[int] = (), progress: Progress | None = None, label: str = "pretrain"
     ) -> Stage:
         """Train the first stage from its seeded initialisation, without the rows `exclude`."""
-        settings, seed = self.recipe.pretrain, self.recipe.seed
-        model = self.new_model()
-        options: dict[str, Any] = {"name": settings.task, "max_length": settings.max_length}
-        if settings.task == "masked_lm":
-            options |= {"masks": settings.masks, "probability": settings.probability, "seed": seed}
-        stage = Stage(
-            model,
-            build_task(options, self.tokenizer),
-            self.corpus,
-            weight_decay=settings.training.weight_decay,
-            reduction=settings.reduction,
-            name="pretrain",
-        )
-        left_out = set(exclude)
+        stage, left_out = self.untrained(), set(exclude)
         positions = [i for i, row in enumerate(stage.rows.tolist()) if row in left_out]
-        train(stage, _training(settings.training, seed), exclude=positions, progress=_bar(progress, label))
-        return stage
+        settings = self.recipe.pretrain
+        moved = replace(stage, trained=head_names(stage.model)) if settings.train == "head" else stage
+        fit(moved, settings.training, self.recipe.seed, exclude=positions, progress=progress, label=label)
+        # A new one: a stage holds what it computed of the model that it was given.
+        return replace(stage)
 
-    def finetune(self, pretrained: Stage, progress: Progress | None = None, label: str = "finetune") -> Stage:
+    def perplexity(self, stage: Stage) -> float:
+        """Exp of the mean loss of a pretraining stage on the rows that are held out."""
+        return perplexity(stage, self.held_out)
+
+    def finetune(
+        self, pretrained: Stage, transfer: Transfer, progress: Progress | None = None, label: str = "finetune"
+    ) -> tuple[Stage, Fitted]:
         """Train the second stage from the pretrained encoder, frozen or held near it by the proximity term."""
-        settings, seed = self.recipe.finetune, self.recipe.seed
-        head = HeadSettings(settings.head.pooling, settings.head.hidden, settings.labels)
-        model = TextClassifier.on(pretrained.model, head, seed)
-        shared = shared_names(pretrained.model, model)
-        frozen = settings.transfer == "frozen"
-        stage = Stage(
-            model,
-            SequenceClassification(
-                self.tokenizer, settings.max_length or self.recipe.pretrain.max_length, labels=settings.labels
-            ),
-            self.labelled[0],
-            weight_decay=settings.training.weight_decay,
-            trained=[n for n, _ in model.named_parameters() if n not in shared] if frozen else None,
-            name="finetune",
-        )
-        anchor = None if frozen else Anchor(settings.alpha, {n: pretrained.parameters[n].clone() for n in shared})
-        train(stage, _training(settings.training, seed), anchor=anchor, progress=_bar(progress, label))
-        return stage
-
-    def chain(self, pretrained: Stage, finetuned: Stage) -> Chain:
-        """The two stages as a chain."""
-        settings = self.recipe.finetune
-        return Chain([pretrained, finetuned], "frozen" if settings.transfer == "frozen" else Proximity(settings.alpha))
+        settings, seed, frozen = self.recipe.finetune, self.recipe.seed, transfer == "frozen"
+        head = HeadSettings(labels=settings.labels, **settings.head.model_dump())
+        stage = finetuning(pretrained.model, pretrained.task, settings, head, self.labelled[0], seed, frozen)
+        near = None if frozen else anchor(pretrained.model, stage, settings.alpha)
+        return stage, fit(stage, settings.training, seed, anchor=near, progress=progress, label=label)
 
     def queries(self, finetuned: Stage) -> list[Query]:
         """The mean test loss, and the losses of the misclassified test rows with the largest ones."""
@@ -158,7 +164,15 @@ class Recipes:
     def result(self, finetuned: Stage) -> Result:
         """Mean loss and accuracy on the test rows."""
         losses, right = predictions(finetuned, self.labelled[1])
-        return Result(float(losses.mean()), float(right.double().mean()))
+        return Result(float(losses.mean()), float(right.double().mean()), [round(x, 6) for x in losses.tolist()])
+
+    def bag_of_words(self) -> float:
+        """The accuracy on the test rows of a logistic regression on the counts of words, with scikit-learn's defaults."""
+        (texts, labels), (asked, right) = (
+            ([row["text"] for row in rows], [row["label"] for row in rows]) for rows in self.labelled
+        )
+        model = make_pipeline(CountVectorizer(token_pattern=r"\S+"), LogisticRegression(max_iter=1000))
+        return float(model.fit(texts, labels).score(asked, right))
 
 
 def predictions(stage: Stage, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,16 +191,6 @@ def misclassified(stage: Stage, rows: list[dict[str, Any]]) -> list[int]:
     """Return the numbers of the rows whose class is not predicted, the largest loss first."""
     losses, right = predictions(stage, rows)
     return [i for i in torch.argsort(losses, descending=True, stable=True).tolist() if not right[i]]
-
-
-def _training(settings: TrainingSettings, seed: int) -> Training:
-    return Training(settings.epochs, settings.batch_size, settings.learning_rate, settings.warmup, seed=seed)
-
-
-def _bar(progress: Progress | None, label: str) -> Callable[[int, int, float], None] | None:
-    if progress is None:
-        return None
-    return lambda done, total, loss: progress(label, done, total, "" if loss != loss else f"loss {loss:.3f}")
 
 
 def _short(text: str) -> str:

@@ -13,7 +13,7 @@ from nlpinf.errors import BadInput
 MODEL_TYPE = "nlpinf-elmo"
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: the Hugging Face Trainer sets `use_cache` on the config of any model
 class ElmoConfig:
     """Sizes of the encoder; the defaults are those of the released ELMo (93.6 million parameters).
 
@@ -34,7 +34,7 @@ class ElmoConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "filters", tuple((int(width), int(count)) for width, count in self.filters))
+        self.filters = tuple((int(width), int(count)) for width, count in self.filters)
         for name in ("character_dim", "max_characters", "lstm_dim", "projection_dim", "layers"):
             if getattr(self, name) < 1:
                 raise BadInput(f"ELMo configuration: {name} is {getattr(self, name)}, expected a positive integer")
