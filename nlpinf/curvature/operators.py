@@ -38,6 +38,10 @@ class Operator(ABC):
     def product(self, vector: Parameters) -> Parameters:
         """Return the product; `vector` has the operator's names."""
 
+    def parts(self) -> list[Operator]:
+        """Return operators whose mean is this one, each cheaper where there are several: for stochastic solvers."""
+        return [self]
+
     def mean_eigenvalue(self, probes: int = 8, seed: int = 0) -> float:
         """Return tr(C)/P by Hutchinson's estimator: the mean of zᵀCz / P over `probes` seeded vectors z of ±1 entries.
 
@@ -56,6 +60,10 @@ class Shifted(Operator):
             raise BadInput(f"the damping is {damping}; it must not be negative")
         self.base, self.damping = base, damping
         self.shift = {name: (shift or {}).get(name, 0.0) for name in base.template}
+
+    def parts(self) -> list[Operator]:
+        parts = self.base.parts()
+        return [self] if len(parts) == 1 else [Shifted(part, self.shift, self.damping) for part in parts]
 
     def product(self, vector: Parameters) -> Parameters:
         product = self.base @ vector

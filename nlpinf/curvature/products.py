@@ -13,6 +13,7 @@ network whose backward pass has no forward mode (SiLU's, so Llama's and Mixtral'
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Literal
 from weakref import WeakSet
@@ -131,10 +132,20 @@ class Curvature(Operator):
         self.stage, self.kind, self.seed = stage, kind, seed
         self.indices = list(range(stage.size) if indices is None else indices)
         self.batches = list(stage.batches(self.indices))
+        self.scale = 1 / len(self.indices)
+
+    def parts(self) -> list[Operator]:
+        """Return an operator for every batch; their mean is this one."""
+        parts: list[Operator] = []
+        for batch in self.batches:
+            part = copy.copy(self)
+            part.batches, part.products, part.scale = [batch], 0, self.scale * len(self.batches)
+            parts.append(part)
+        return parts
 
     def product(self, vector: Parameters) -> Parameters:
         names = list(self.template)
-        total = P.zeros_like(self.template)
+        total = P.sums_like(self.template)
         with evaluation(self.stage.model):
             for batch in self.batches:
                 if self.kind == "hessian":
@@ -144,7 +155,7 @@ class Curvature(Operator):
                     parts = gauss_newton_product(self.stage, batch, vector, names, sampled)
                 for name, part in zip(names, parts):
                     total[name] += part
-        return P.scaled(1 / len(self.indices), total)
+        return P.mean_like(total, len(self.indices), self.template)
 
 
 def cross_product(stage: Stage, vector: Parameters, names: Iterable[str], indices: Sequence[int]) -> Parameters:
@@ -153,12 +164,13 @@ def cross_product(stage: Stage, vector: Parameters, names: Iterable[str], indice
     Always the exact second derivative, also where the solves use the GGN.
     """
     names = list(names)
-    total = P.zeros_like(P.select(stage.parameters, names))
+    template = P.select(stage.parameters, names)
+    total = P.sums_like(template)
     with evaluation(stage.model):
         for batch in stage.batches(indices):
             for name, part in zip(names, hessian_product(stage, batch, vector, names)):
                 total[name] += part
-    return P.scaled(1 / len(indices), total)
+    return P.mean_like(total, len(indices), template)
 
 
 def curvature_samples(size: int, sample: int | None, seed: int) -> tuple[list[int], list[int]]:

@@ -2,5 +2,30 @@
 
 from nlpinf.solvers.base import Preconditioner, Solution, Solver, Verdict, finished
 from nlpinf.solvers.cg import CG
+from nlpinf.solvers.direct import Direct
+from nlpinf.solvers.lissa import LiSSA
+from nlpinf.solvers.minres import MINRES
+from nlpinf.solvers.preconditioners import (
+    EKFACPreconditioning,
+    LimitedMemory,
+    Nystrom,
+    Preconditioning,
+    preconditioning,
+)
 
-__all__ = ["CG", "Preconditioner", "Solution", "Solver", "Verdict", "finished"]
+__all__ = [
+    "CG",
+    "MINRES",
+    "Direct",
+    "EKFACPreconditioning",
+    "LiSSA",
+    "LimitedMemory",
+    "Nystrom",
+    "Preconditioner",
+    "Preconditioning",
+    "Solution",
+    "Solver",
+    "Verdict",
+    "finished",
+    "preconditioning",
+]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from nlpinf import parameters as P
 from nlpinf.curvature.operators import Operator
-from nlpinf.errors import NotConverged
+from nlpinf.errors import BadInput, NotConverged
 from nlpinf.parameters import Parameters
 
 Verdict = Literal["converged", "not converged", "negative curvature", "diverged", "not finite"]
@@ -24,6 +24,7 @@ class Solution:
     `second_residual`  the same on the second sample: how far the sample, not the solver, determines x; None without one
     `products`         curvature products spent, those that check included
     `history`          the solver's own relative residual after each product
+    `note`             what else the reader should know: which curvature was chosen and why, a step that was shortened
     """
 
     vector: Parameters
@@ -35,6 +36,7 @@ class Solution:
     damping: float
     solver: str
     history: list[float] = field(default_factory=list)
+    note: str = ""
 
     @property
     def converged(self) -> bool:
@@ -52,7 +54,8 @@ class Solution:
 
     def __str__(self) -> str:
         second = "" if self.second_residual is None else f", second sample {self.second_residual:.2e}"
-        return f"{self.verdict}: residual {self.residual:.2e}{second} after {self.products} products (damping {self.damping:.3g})"
+        note = f"; {self.note}" if self.note else ""
+        return f"{self.verdict}: residual {self.residual:.2e}{second} after {self.products} products (damping {self.damping:.3g}){note}"
 
     def __repr__(self) -> str:
         return f"Solution({self})"  # a vector of a million numbers tells a reader nothing
@@ -88,9 +91,41 @@ class Solver(Protocol):
         """Return the solution with its verdict; never raises for numerical reasons."""
         ...
 
+    def many(
+        self,
+        operator: Operator,
+        rights: Sequence[Parameters],
+        second: Operator | None = None,
+        progress: Callable[[int, float], None] | None = None,
+    ) -> list[Solution]:
+        """Return the solution for every right-hand side."""
+        ...
+
     def settings(self) -> dict[str, Any]:
         """Return the settings for a manifest."""
         ...
+
+
+class EachAlone:
+    """Solves for many right-hand sides one after the other."""
+
+    def many(
+        self,
+        operator: Operator,
+        rights: Sequence[Parameters],
+        second: Operator | None = None,
+        progress: Callable[[int, float], None] | None = None,
+    ) -> list[Solution]:
+        """Return the solution for every right-hand side."""
+        return [self(operator, right, second, progress) for right in rights]  # type: ignore[operator]
+
+
+def checked(tolerance: float, max_iterations: int) -> None:
+    """Raise `BadInput` for settings that no solver can use."""
+    if not 0 < tolerance < 1:
+        raise BadInput(f"the tolerance is {tolerance}; it must lie between 0 and 1")
+    if max_iterations < 1:
+        raise BadInput(f"max_iterations is {max_iterations}; at least one is needed")
 
 
 def finished(
@@ -103,6 +138,7 @@ def finished(
     tolerance: float,
     history: list[float],
     products_before: int,
+    note: str = "",
 ) -> Solution:
     """Measure the true residuals of `vector` and close the solve; only they decide between converged and not."""
     scale = P.norm(right)
@@ -118,4 +154,4 @@ def finished(
     elif verdict in ("converged", "not converged"):
         verdict = "converged" if residual <= tolerance else "not converged"
     spent = operator.products - products_before + (second.products - second_before if second is not None else 0)
-    return Solution(vector, verdict, residual, other, spent, tolerance, operator.damping, solver, history)
+    return Solution(vector, verdict, residual, other, spent, tolerance, operator.damping, solver, history, note)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nlpinf import parameters as P
 from nlpinf.curvature.operators import Operator
-from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
-from nlpinf.solvers.base import Preconditioner, Solution, Verdict, finished
+from nlpinf.solvers.base import Preconditioner, Solution, Verdict, checked, finished
+from nlpinf.solvers.block import block_cg
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,19 @@ class CG:
     Ends with "negative curvature" at a direction p with ⟨p, C p⟩ ≤ 0 (the iterate before it is returned), "diverged" when the
     recursive residual grows by `divergence`, "not finite" at the first NaN or infinity. Where the recursive residual
     has drifted from the true one the iteration starts again from the current iterate (residual replacement).
+    Several right-hand sides share their directions (`block.py`), `block` of them at a time.
+
+    A preconditioner that has `learn` is handed the last `memory` directions and their products after each solve.
     """
 
     tolerance: float = 1e-3
     max_iterations: int = 1000
     preconditioner: Preconditioner | None = None
     divergence: float = 1e6
+    block: int = 16
 
     def __post_init__(self) -> None:
-        if not 0 < self.tolerance < 1:
-            raise BadInput(f"the tolerance is {self.tolerance}; it must lie between 0 and 1")
-        if self.max_iterations < 1:
-            raise BadInput(f"max_iterations is {self.max_iterations}; at least one is needed")
+        checked(self.tolerance, self.max_iterations)
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -79,6 +81,20 @@ class CG:
             reached = true
         return ended(verdict)
 
+    def many(
+        self,
+        operator: Operator,
+        rights: Sequence[Parameters],
+        second: Operator | None = None,
+        progress: Callable[[int, float], None] | None = None,
+    ) -> list[Solution]:
+        """Return the solution for every right-hand side, by block CG where there are several."""
+        if len(rights) < 2 or self.block < 2:
+            return [self(operator, right, second, progress) for right in rights]
+        limits = (self.preconditioner, self.tolerance, self.max_iterations)
+        parts = [rights[i : i + self.block] for i in range(0, len(rights), self.block)]
+        return [s for part in parts for s in block_cg(operator, part, second, *limits, progress)]
+
     def _run(
         self,
         operator: Operator,
@@ -90,6 +106,25 @@ class CG:
         progress: Callable[[int, float], None] | None,
     ) -> tuple[Parameters, Verdict, int]:
         precondition = self.preconditioner or (lambda v: v)
+        learn = getattr(self.preconditioner, "learn", None)
+        pairs: deque[tuple[Parameters, Parameters]] = deque(maxlen=getattr(self.preconditioner, "memory", 0))
+        x, verdict, spent = self._steps(operator, x, r, scale, budget, history, progress, precondition, pairs)
+        if learn is not None:
+            learn(pairs)
+        return x, verdict, spent
+
+    def _steps(
+        self,
+        operator: Operator,
+        x: Parameters,
+        r: Parameters,
+        scale: float,
+        budget: int,
+        history: list[float],
+        progress: Callable[[int, float], None] | None,
+        precondition: Preconditioner,
+        pairs: deque[tuple[Parameters, Parameters]],
+    ) -> tuple[Parameters, Verdict, int]:
         z = precondition(r)
         p, rz, start = z, P.dot(r, z), P.norm(r) / scale
         for k in range(budget):
@@ -99,6 +134,7 @@ class CG:
                 return x, "not finite", k + 1
             if curvature <= 0.0 or rz <= 0.0:
                 return x, "negative curvature", k + 1
+            pairs.append((p, cp))
             step = rz / curvature
             x, r = P.axpy(step, p, x), P.axpy(-step, cp, r)
             size = P.norm(r) / scale
