@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from nlpinf.adapters.elmo import ElmoConfig, ElmoLM, Vocabulary
+from nlpinf.adapters.elmo import ElmoConfig, ElmoFiles, ElmoLM, Vocabulary
 from nlpinf.adapters.heads import HeadSettings, TextClassifier
 from nlpinf.adapters.huggingface import build_task, new_model, shared_names
 from nlpinf.adapters.openers import VOCABULARY
-from nlpinf.adapters.pretrained import open_pretrained, open_tokenizer
+from nlpinf.adapters.pretrained import head_names, open_pretrained, open_tokenizer
 from nlpinf.adapters.tokenizers import train_tokenizer
 from nlpinf.data.shipped import resolve
 from nlpinf.errors import BadInput
@@ -52,7 +52,11 @@ class Kind(ABC):
 
     @abstractmethod
     def open_words(self, path: Path) -> Any:
-        """Read the words of a run folder, or of a path that the user gave."""
+        """Read the words of a run folder, or of a path that the user gave; None where it brings none."""
+
+    def has_head(self, folder: Path) -> bool:
+        """Say whether a folder brings the pretraining head, so that there is nothing to fit."""
+        return False
 
     @abstractmethod
     def model(self, settings: PretrainSettings, words: Any, seed: int) -> nn.Module:
@@ -100,17 +104,27 @@ class Bilm(Kind):
     def words(self, settings: PretrainSettings, texts: Sequence[str]) -> Vocabulary:
         return Vocabulary.build((texts[i].split() for i in range(len(texts))), settings.vocabulary)
 
-    def open_words(self, path: Path) -> Vocabulary:
-        return Vocabulary.read(path / VOCABULARY if path.is_dir() else path)
+    def open_words(self, path: Path) -> Vocabulary | None:
+        if not ElmoFiles.there(path):
+            return Vocabulary.read(path / VOCABULARY if path.is_dir() else path)
+        found = ElmoFiles.find(path)
+        if found.vocabulary is None and found.softmax is not None:
+            raise BadInput(
+                f"{path}: has {found.softmax.name} and no vocabulary (.txt), whose lines are its rows; add it"
+            )
+        return None if found.vocabulary is None else Vocabulary.read(found.vocabulary)
 
     def model(self, settings: PretrainSettings, words: Any, seed: int) -> nn.Module:
         if isinstance(settings.model, str):
-            return _opened_elmo(resolve(settings.model))
+            return _opened_elmo(resolve(settings.model), words, seed)
         fields = dict(settings.model)
         if fields.pop("type", "elmo") != "elmo":
             raise BadInput(f"model.type is {settings.model['type']!r}; a bilm is of type 'elmo'")
         torch.manual_seed(seed)
         return ElmoLM(_elmo_config(fields), len(words))
+
+    def has_head(self, folder: Path) -> bool:
+        return not ElmoFiles.there(folder) or ElmoFiles.find(folder).softmax is not None
 
     def options(self, settings: PretrainSettings, model: Any, seed: int) -> dict[str, Any]:
         options = {"max_length": settings.max_length, "negatives": settings.negatives, "seed": seed}
@@ -124,8 +138,12 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def _opened_elmo(folder: Path) -> ElmoLM:
-    model = ElmoLM.from_pretrained(folder)
+def _opened_elmo(folder: Path, words: Vocabulary, seed: int) -> ElmoLM:
+    if ElmoFiles.there(folder):
+        model = ElmoFiles.find(folder).language_model(words, seed)
+    else:
+        model = ElmoLM.from_pretrained(folder)
+        words.check_size(model.vocabulary_size, f"the softmax of {folder}")
     model.config.dropout = 0.0  # so that the loss that is minimised is a function of the example
     return model
 
@@ -150,6 +168,15 @@ def _preset(config: dict[str, Any], presets: dict[str, dict[str, Any]]) -> dict[
     return {**presets[name], **fields}
 
 
+def words_for(settings: PretrainSettings, corpus: Sequence[str], given: Path | None = None) -> Any:
+    """Return the words: those that are `given`, else those that the pretrained model brings, else made from the corpus."""
+    kind = KINDS[settings.task]
+    if given is None and isinstance(settings.model, str):
+        given = resolve(settings.model)
+    words = None if given is None else kind.open_words(given)
+    return kind.words(settings, corpus) if words is None else words
+
+
 def pretraining(settings: PretrainSettings, corpus: Sequence[str], words: Any, seed: int) -> Stage:
     """Return the pretraining stage at its seeded initialisation."""
     kind = KINDS[settings.task]
@@ -167,9 +194,12 @@ def pretraining(settings: PretrainSettings, corpus: Sequence[str], words: Any, s
 class Classifier(Protocol):
     """What `finetuning` needs to know: a recipe's finetuning, or the options of a command."""
 
-    labels: int
-    max_length: int | None
-    training: TrainingSettings
+    @property
+    def labels(self) -> int: ...
+    @property
+    def max_length(self) -> int | None: ...
+    @property
+    def training(self) -> TrainingSettings: ...
 
 
 def classification(task: Task, labels: int, max_length: int | None) -> Task:
@@ -235,6 +265,22 @@ def fit(
     chosen = Training(settings.epochs, settings.batch_size, settings.learning_rate, settings.warmup, seed=seed)
     loss = train(stage, chosen, anchor=anchor, exclude=exclude, progress=_bar(progress, label))
     return Fitted(settings.model_dump(), loss)
+
+
+def fit_pretraining(
+    stage: Stage,
+    settings: PretrainSettings,
+    seed: int,
+    *,
+    exclude: Collection[int] = (),
+    progress: Progress | None = None,
+    label: str = "pretrain",
+) -> tuple[Stage, Fitted]:
+    """Fit what the settings say, all parameters or the head alone, and return the stage of all of them."""
+    moved = replace(stage, trained=head_names(stage.model)) if settings.train == "head" else stage
+    fitted = fit(moved, settings.training, seed, exclude=exclude, progress=progress, label=label)
+    # A new one: a stage holds what it computed of the model that it was given.
+    return replace(stage), fitted
 
 
 def perplexity(stage: Stage, texts: Sequence[str]) -> float:

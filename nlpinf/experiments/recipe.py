@@ -182,7 +182,14 @@ def _rank(error: Any) -> int:
 
 
 def _told(error: Any) -> str:
-    forms = ("constrained-float", "constrained-int", "float", "int", "RelativeDamping", "list[")  # pydantic names the form that it tried
+    forms = (
+        "constrained-float",
+        "constrained-int",
+        "float",
+        "int",
+        "RelativeDamping",
+        "list[",
+    )  # pydantic names the form that it tried
     place = [str(part) for part in error["loc"] if not str(part).startswith(forms)]
     key = ".".join(place)
     if error["type"] == "extra_forbidden":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,19 @@ from sklearn.pipeline import make_pipeline
 
 from nlpinf.adapters.heads import HeadSettings
 from nlpinf.adapters.huggingface import RECORD
-from nlpinf.adapters.pretrained import head_names
-from nlpinf.data import shipped
 from nlpinf.data.corpus import Corpus, read_labelled
 from nlpinf.errors import BadInput
-from nlpinf.experiments.building import KINDS, Fitted, Progress, anchor, finetuning, fit, perplexity, pretraining
+from nlpinf.experiments.building import (
+    Fitted,
+    Progress,
+    anchor,
+    finetuning,
+    fit,
+    fit_pretraining,
+    perplexity,
+    pretraining,
+    words_for,
+)
 from nlpinf.experiments.recipe import Recipe, Transfer
 from nlpinf.experiments.removal import removed_rows
 from nlpinf.queries import Query
@@ -93,12 +101,8 @@ class Recipes:
     @cached_property
     def words(self) -> Any:
         """The tokenizer or vocabulary of the run or of the pretrained model, else one made from all of the corpus."""
-        kind, model = KINDS[self.recipe.pretrain.task], self.recipe.pretrain.model
-        if self.run is not None and (self.run / RECORD).exists():
-            return kind.open_words(self.run)
-        if isinstance(model, str):
-            return kind.open_words(shipped.resolve(model))
-        return kind.words(self.recipe.pretrain, self.corpus)
+        there = self.run is not None and (self.run / RECORD).exists()
+        return words_for(self.recipe.pretrain, self.corpus, self.run if there else None)
 
     def check(self) -> None:
         """Raise `BadInput` for what can be known to be wrong before anything is trained or written."""
@@ -132,11 +136,8 @@ class Recipes:
         """Train the first stage from its seeded initialisation, without the rows `exclude`."""
         stage, left_out = self.untrained(), set(exclude)
         positions = [i for i, row in enumerate(stage.rows.tolist()) if row in left_out]
-        settings = self.recipe.pretrain
-        moved = replace(stage, trained=head_names(stage.model)) if settings.train == "head" else stage
-        fit(moved, settings.training, self.recipe.seed, exclude=positions, progress=progress, label=label)
-        # A new one: a stage holds what it computed of the model that it was given.
-        return replace(stage)
+        settings, seed = self.recipe.pretrain, self.recipe.seed
+        return fit_pretraining(stage, settings, seed, exclude=positions, progress=progress, label=label)[0]
 
     def perplexity(self, stage: Stage) -> float:
         """Exp of the mean loss of a pretraining stage on the rows that are held out."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nlpinf.data.characters import BEGIN, END, MAX_CHARACTERS, character_batch
+from nlpinf.data.characters import BEGIN, END, MAX_CHARACTERS, character_batch, word_bytes
 from nlpinf.data.vocabulary import Vocabulary
 from nlpinf.errors import BadInput
 from nlpinf.tasks.base import Batch, Task, logits_of
@@ -56,7 +56,13 @@ class Spelling:
                 f"the text {_shown(text)} has {len(words)} words, more than {self.max_length}; leave it out, raise "
                 "max_length, or use long='truncate'"
             )
-        return words[: self.max_length]
+        kept = words[: self.max_length]
+        try:
+            for word in kept:
+                word_bytes(word)  # what cannot be spelt is refused with its text, before anything is trained or scored
+        except BadInput as error:
+            raise BadInput(f"the text {_shown(text)}: {error}") from None
+        return kept
 
     def inputs(self, sentences: Sequence[Sequence[str]]) -> dict[str, Tensor]:
         """Return what the encoder takes: `index` and `lengths` by sentence, and the `distinct` words of all of them."""

@@ -50,6 +50,11 @@ def test_words_that_cannot_be_used(word: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_damaged_letters_are_bytes_like_any_other() -> None:
+    """U+0092 stands for an apostrophe in One Billion Word; bilm-tf reads its two bytes."""
+    assert elmo.word_characters("\x92")[0][:4] == [259, 0xC2 + 1, 0x92 + 1, 260]
+
+
 def test_batch() -> None:
     batch = elmo.character_batch([["a", "b", "a"], ["b" * 60]])
     assert batch.lengths.tolist() == [5, 3] and batch.truncated == 1

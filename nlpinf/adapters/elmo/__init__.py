@@ -9,6 +9,7 @@ from nlpinf.adapters.elmo.files import (
     write_encoder,
     write_softmax,
 )
+from nlpinf.adapters.elmo.folder import ElmoFiles, Headless
 from nlpinf.adapters.elmo.language_model import ElmoLM, Items
 from nlpinf.adapters.elmo.network import ElmoEncoder
 from nlpinf.data.characters import CharacterBatch, character_batch, word_characters
@@ -27,7 +28,9 @@ __all__ = [
     "CharacterBatch",
     "ElmoConfig",
     "ElmoEncoder",
+    "ElmoFiles",
     "ElmoLM",
+    "Headless",
     "Items",
     "Negatives",
     "Vocabulary",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,24 +141,39 @@ def load_arrays(encoder: ElmoEncoder, arrays: dict[str, np.ndarray], source: str
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     """Every array of an HDF5 file by its full name, as float32 where it is stored so."""
     h5py = _h5py()
-    if not Path(path).is_file():
-        raise BadInput(f"{path}: no such file; give a weights .hdf5 file")
     arrays: dict[str, np.ndarray] = {}
 
     def visit(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
             arrays[name] = np.asarray(item[...])
 
-    try:
-        with h5py.File(path, "r") as file:
-            file.visititems(visit)
-    except (OSError, RuntimeError, KeyError) as error:
-        detail = " ".join(str(error).split())
-        raise BadInput(f"{path}: truncated or no HDF5 file ({detail}); copy or download it again") from None
+    with _opened(path) as file:
+        file.visititems(visit)
     for name, array in arrays.items():
         if array.dtype.kind != "f":
             raise BadInput(f"{path}: {name} holds {array.dtype}, expected floating-point numbers")
     return arrays
+
+
+def array_names(path: str | Path) -> set[str]:
+    """The full names of the arrays of an HDF5 file."""
+    names: set[str] = set()
+    with _opened(path) as file:
+        file.visit(names.add)
+    return names
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    h5py = _h5py()
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such file; give a weights .hdf5 file")
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, RuntimeError, KeyError) as error:
+        detail = " ".join(str(error).split())
+        raise BadInput(f"{path}: truncated or no HDF5 file ({detail}); copy or download it again") from None
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -37,10 +37,10 @@ class ElmoLM(nn.Module):
 
     base_model_prefix = "encoder"
 
-    def __init__(self, config: ElmoConfig, vocabulary_size: int) -> None:
+    def __init__(self, config: ElmoConfig, vocabulary_size: int, encoder: ElmoEncoder | None = None) -> None:
         super().__init__()
         self.config, self.vocabulary_size = config, vocabulary_size
-        self.encoder = ElmoEncoder(config)
+        self.encoder = ElmoEncoder(config) if encoder is None else encoder
         self.head = nn.Linear(config.projection_dim, vocabulary_size)
         nn.init.normal_(self.head.weight, std=1.0 / math.sqrt(config.projection_dim))
         nn.init.zeros_(self.head.bias)
