@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +52,42 @@ def bars() -> Iterator[Report]:
         yield report
 
 
+def paced(report: Report, step: str) -> Callable[[int, int], None]:
+    """Return a function (rows done, rows in all) that reports them with the rate; where stderr is no terminal, twice a minute."""
+    began: tuple[float, int] | None = None
+    told = time.monotonic()
+
+    def rows(done: int, total: int) -> None:
+        nonlocal began, told
+        now = time.monotonic()
+        if began is None:
+            began = now, done
+        rate = (done - began[1]) / (now - began[0]) if done > began[1] else 0.0
+        note = f"{rate:,.0f} rows/s" if rate else "rows"
+        report(step, done, total, note)
+        if not err.is_terminal and rate and now - told > 30:
+            told = now
+            line = f"{step} {done:,} of {total:,}, {note}, {duration((total - done) / rate)} left"
+            err.print(line, highlight=False)
+
+    return rows
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time in words: 12 s, 5 min, 3.4 h, 2.1 days."""
+    if seconds is None:
+        return "unknown"
+    for unit, size, limit in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
+        if seconds < limit * size:
+            return f"{seconds / size:.1f} {unit}" if unit == "h" else f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def say(text: str) -> None:
+    """Print one line on stdout as it is."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def print_json(content: Any) -> None:
     """Print one JSON document on stdout."""
     json.dump(content, sys.stdout, ensure_ascii=False, indent=1)
@@ -63,9 +100,12 @@ def rows_table(rows: list[ScoredRow], title: str) -> Table:
     table.add_column("score", justify="right")
     table.add_column("change if removed", justify="right")
     table.add_column("row", justify="right")
+    if counted := any(row.count is not None for row in rows):
+        table.add_column("times", justify="right")
     table.add_column("sentence", ratio=1, overflow="fold")
     for row in rows:
-        table.add_row(f"{row.score:+.4g}", f"{row.predicted_change:+.2e}", str(row.row), shown(row.text))
+        times = [str(row.count)] if counted else []
+        table.add_row(f"{row.score:+.4g}", f"{row.predicted_change:+.2e}", str(row.row), *times, shown(row.text))
     return table
 
 

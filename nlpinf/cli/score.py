@@ -9,9 +9,10 @@ import typer
 from nlpinf import querystore
 from nlpinf import score as score_corpus
 from nlpinf.cli import console
-from nlpinf.data import shipped
-from nlpinf.data.corpus import Corpus
+from nlpinf.data.sources import find
 from nlpinf.errors import BadInput
+from nlpinf.scoring import Shard
+from nlpinf.scoring.feed import StreamFeed
 
 
 def add(app: typer.Typer) -> None:
@@ -21,18 +22,29 @@ def add(app: typer.Typer) -> None:
 
 def score(
     query: Path = typer.Option(help="Query folder."),
-    out: Path = typer.Option(help="Scores folder; an interrupted one is finished."),
+    out: Path = typer.Option(help="Scores folder; an interrupted one is finished, one at work is joined."),
     corpus: str | None = typer.Option(
-        None, help="Text, one sentence a line (.txt, .jsonl, .gz); default: the run's own corpus."
+        None,
+        help="A file (.txt, .jsonl, also .gz, .zst, .bz2; .parquet), folder or data set; default: the run's own corpus.",
     ),
     pretrain: Path | None = typer.Option(None, help="The pretraining run, where it was moved since the query."),
     empty: str = typer.Option("error", help="Empty lines: 'error' or 'skip'."),
+    text_column: str = typer.Option("text", help="The column or key of the texts."),
+    split: str | None = typer.Option(None, help="The split of a data set."),
+    dedupe: bool = typer.Option(False, "--dedupe", help="Score equal texts once, with the first one's row number."),
+    shard: str | None = typer.Option(
+        None,
+        help="INDEX/COUNT from 0, such as 3/64: do this share of the parts alone, for machines without a common disk.",
+    ),
     token_scores: bool = typer.Option(False, help="Keep the score of every counted token."),
+    text: bool = typer.Option(True, help="Keep the texts beside the scores."),
     mode: str = typer.Option("auto", help="'forward', 'reverse' or 'auto'."),
     part_rows: int = typer.Option(8192, help="Rows in a part: what an interruption costs at most."),
     json_: bool = typer.Option(False, "--json", help="Print the manifest as JSON."),
 ) -> None:
     """Score every row of a corpus. Positive = harmful; removing a row changes the query by about −score/m.
+
+    Any number of processes may run the same command: they share the parts, and what one leaves undone another does.
 
     Example: nlpinf score --query query --corpus corpus.txt.gz --out scores
     """
@@ -40,19 +52,24 @@ def score(
         raise BadInput(f"--empty {empty} is neither error nor skip")
     if mode not in ("auto", "forward", "reverse"):
         raise BadInput(f"--mode {mode} is none of auto, forward, reverse")
+    share = None if shard is None else Shard.parse(shard)
+    source = None if corpus is None else find(corpus, text_column, split)
     vectors = querystore.load(query, run=pretrain)
-    data = None if corpus is None else Corpus.read(shipped.resolve(corpus), empty=empty)  # type: ignore[arg-type]
     with console.bars() as bars:
         scores = score_corpus(
             vectors,
-            data,
+            None if source is None else StreamFeed.of(source, empty),  # type: ignore[arg-type]
             out,
             token_scores=token_scores,
+            text=text,
             mode=mode,  # type: ignore[arg-type]
+            dedupe=dedupe,
+            shard=share,
             part_rows=part_rows,
-            progress=lambda done, total: bars("score", done, total, "sentences"),
+            progress=console.paced(bars, "score"),
         )
     if json_:
         console.print_json(scores.manifest)
-    else:
-        console.out.print(f"{len(scores):,} sentences, {len(scores.queries)} queries: {out}", highlight=False)
+        return
+    lacking = f"; {len(scores.missing):,} parts are missing still" if scores.missing else ""
+    console.say(f"{len(scores):,} sentences, {len(scores.queries)} queries: {out}{lacking}")

@@ -189,7 +189,7 @@ class Scores:
     def column(self, query: int | str = 0) -> np.ndarray:
         """Return the scores of a query, by number or name, in the order of `rows`: (N,) float32."""
         index = self._query(query)
-        return np.concatenate([self._scores(table, index) for table in self.tables(["score"])])
+        return np.concatenate([self.scores_of(table, index) for table in self.tables(["score"])])
 
     def top(self, k: int = 20, query: int | str = 0, helpful: bool = False) -> list[ScoredRow]:
         """Return the `k` rows with the largest scores (most harmful first), or with the smallest (most helpful first).
@@ -201,7 +201,7 @@ class Scores:
         index, sign = self._query(query), (1 if helpful else -1)
         best = np.empty((0, 4))  # key, row, part, position: float64 holds integers to 2^53
         for number, table in enumerate(self.tables(["row", "score"])):
-            key = sign * self._scores(table, index).astype(np.float64)
+            key = sign * self.scores_of(table, index).astype(np.float64)
             near = np.flatnonzero(key <= np.partition(key, k - 1)[k - 1]) if len(key) > k else np.arange(len(key))
             found = np.stack([key[near], table["row"].to_numpy()[near], np.full(len(near), number), near], 1)
             best = np.concatenate([best, found])
@@ -233,7 +233,8 @@ class Scores:
             values.get("count"),
         )
 
-    def _scores(self, table: pa.Table, index: int) -> np.ndarray:
+    def scores_of(self, table: pa.Table, index: int) -> np.ndarray:
+        """Return the scores of query number `index` of a table that has the column `score`, (n,) float32."""
         column = table["score"].combine_chunks()
         if isinstance(column, pa.ChunkedArray):
             column = pa.concat_arrays(column.chunks)

@@ -29,7 +29,7 @@ def table(result: RowScores, part: Part, text: bool = True) -> pa.Table:
     scores = finite(result.scores, numbers, "score")
     columns = {
         "row": pa.array(numbers),
-        "score": _lists_of(scores),
+        "score": lists_of(scores),
         "loss": pa.array(finite(result.losses, numbers, "loss")),
         "tokens": pa.array(result.tokens.astype(np.int32)),
     }
@@ -37,7 +37,7 @@ def table(result: RowScores, part: Part, text: bool = True) -> pa.Table:
         offsets = pa.array(np.concatenate([[0], np.cumsum(result.tokens)]).astype(np.int32))
         owner = np.repeat(numbers, result.tokens)
         columns["token_scores"] = pa.ListArray.from_arrays(
-            offsets, _lists_of(finite(result.items, owner, "token score"))
+            offsets, lists_of(finite(result.items, owner, "token score"))
         )
         columns["token_ids"] = pa.ListArray.from_arrays(offsets, pa.array(result.targets.astype(np.int32)))
         columns["token_positions"] = pa.ListArray.from_arrays(offsets, pa.array(result.positions.astype(np.int32)))
@@ -48,7 +48,7 @@ def table(result: RowScores, part: Part, text: bool = True) -> pa.Table:
     return pa.table(columns)
 
 
-def _lists_of(values: np.ndarray) -> pa.Array:
+def lists_of(values: np.ndarray) -> pa.Array:
     """Return (n, queries) as a column: plain for one query, a fixed-size list for many."""
     flat = pa.array(np.ascontiguousarray(values).reshape(-1))
     return flat if values.shape[1] == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])

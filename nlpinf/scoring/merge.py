@@ -1,0 +1,89 @@
+"""One scores folder from those of several machines, once it is clear that they belong together."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nlpinf.errors import BadInput
+from nlpinf.scoring.files import first_name, publish
+from nlpinf.scoring.store import REPEATS, Store, identity_difference, missing_parts, part_path, read_manifest
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The folder, how many parts it has of how many, which are missing, and what differed without being an obstacle."""
+
+    folder: Path
+    parts: int
+    missing: list[int]
+    differences: list[str]
+
+
+def merge(folders: Sequence[str | Path], out: str | Path) -> Merged:
+    """Bring the parts of `folders` into `out`, a new folder, or one of the same job. Links files where it can.
+
+    Raises `BadInput`, before anything is made, if the folders are not of one job (query, weights, corpus, settings),
+    and if two of them have a part in common whose bytes differ.
+    """
+    if not folders:
+        raise BadInput("there is no scores folder to merge; give at least one")
+    sources = [Path(folder) for folder in folders]
+    manifests = [read_manifest(folder) for folder in sources]
+    for folder, manifest in zip(sources[1:], manifests[1:]):
+        if difference := identity_difference(manifests[0]["identity"], manifest["identity"]):
+            raise BadInput(f"{folder}: {difference}, unlike {sources[0]}; merge folders of one job only")
+    where: dict[int, Path] = {}
+    for folder, manifest in zip(sources, manifests):
+        lacking = set(missing_parts(folder, manifest))
+        for part in range(manifest["identity"]["parts"]):
+            if part in lacking:
+                continue
+            path = part_path(folder, part)
+            if part in where and not filecmp.cmp(where[part], path, shallow=False):
+                raise BadInput(
+                    f"{path}: differs from {where[part]}, the same part; delete the one that you trust less "
+                    "(other versions, threads or processors round differently)"
+                )
+            where.setdefault(part, path)
+    store = Store.start(out, manifests[0])
+    repeats = next((folder / REPEATS for folder in sources if (folder / REPEATS).exists()), None)
+    if repeats is not None and not (store.folder / REPEATS).exists():
+        _bring(repeats, store.folder / REPEATS)
+    for part, path in where.items():
+        target = part_path(store.folder, part)
+        if not target.exists():
+            _bring(path, target)
+        elif not filecmp.cmp(path, target, shallow=False):
+            raise BadInput(f"{target}: is there already and differs from {path}, the same part; delete one of them")
+    store.tidy()
+    return Merged(store.folder, len(where), store.missing(), _differences(sources, manifests))
+
+
+def _bring(source: Path, target: Path) -> None:
+    def copy(temporary: Path) -> None:
+        try:
+            os.link(source, temporary)
+        except OSError:  # another file system
+            shutil.copyfile(source, temporary)
+
+    publish(target, copy, first_name)
+
+
+def _differences(sources: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> list[str]:
+    """Say what differs between the folders that may round scores differently."""
+    told = []
+    for key in ("versions", "scoring"):
+        for folder, manifest in zip(sources[1:], manifests[1:]):
+            old, new = manifests[0].get(key) or {}, manifest.get(key) or {}
+            told += [
+                f"{folder}: {key} {name}: {old.get(name)} in {sources[0]}, {new.get(name)} here"
+                for name in {**old, **new}
+                if old.get(name) != new.get(name)
+            ]
+    return told
