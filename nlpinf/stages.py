@@ -36,13 +36,18 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
     Of the kernels of scaled dot product attention only the math one has forward-mode and second derivatives; fused
     recurrent layers (cuDNN, oneDNN) have neither, so models that contain one run PyTorch's own. Nor do the fast path of
-    `nn.TransformerEncoder`, taken only without gradients, and the grouped products of mixtures of experts.
+    `nn.TransformerEncoder`, taken only without gradients, and the grouped products of mixtures of experts. Constants
+    that a double precision model makes without saying their dtype are double too.
     """
     modes = [(module, module.training) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     experts = _grouped_experts(model)
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with ExitStack() as stack:
+        if any(p.dtype == torch.float64 for p in model.parameters()):
+            # transformers before 5 masks with the least float64 in a tensor of the default dtype, which overflows.
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float64)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if recurrent:
             with warnings.catch_warnings():  # PyTorch's setter speaks of GPUs that a CPU-only build does not support

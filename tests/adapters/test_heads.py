@@ -113,7 +113,11 @@ def test_saved_and_opened_again(encoder: str, dtype: torch.dtype, tmp_path: Path
     stage = stage_of(encoder, HeadSettings("attention", 2, 3, "mix", 2), dtype)
     stage.model.save_pretrained(tmp_path)  # type: ignore[operator]
     again = Stage(TextClassifier.from_pretrained(tmp_path), stage.task, ROWS, batch_size=8)
-    assert torch.equal(logits_of(stage), logits_of(again))
+    assert stage.parameters.keys() == again.parameters.keys()
+    assert all(torch.equal(tensor, again.parameters[name]) for name, tensor in stage.parameters.items())
+    # A transformer may be opened with another implementation of attention, which rounds otherwise.
+    rounding = 0.0 if encoder == "elmo" else 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(logits_of(stage), logits_of(again), rtol=rounding, atol=rounding)
 
 
 def test_encoders_keep_the_names_of_their_pretraining_model() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import BertForMaskedLM, BertForSequenceClassification, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from nlpinf.errors import BadInput
-from nlpinf.stages import Stage
+from nlpinf.stages import Stage, evaluation
 from nlpinf.tasks import CausalLM, MaskedLM, SequenceClassification
 from tests.cases import LABELLED, MORE_TEXTS, TEXTS, bert_config, gpt2_config, randomised, tokenizer
 from tests.oracle import uniform
@@ -147,12 +147,16 @@ def test_causal_lm_losses_are_the_models_own(attention: str) -> None:
     stage = Stage(model, task, ALL, reduction="token", batch_size=64)
     ids = [tokenizer()(text)["input_ids"] for text in ALL]
     inputs = {"input_ids": padded(ids, 0), "attention_mask": padded([[1] * len(i) for i in ids], 0)}
-    result = model(**inputs, labels=padded(ids, -100))
+    with evaluation(model):
+        result = model(**inputs, labels=padded(ids, -100))
     logits, labels = result.logits[:, :-1].flatten(0, 1), padded(ids, -100)[:, 1:].flatten()
     assert stage.objective() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-12)
     assert stage.objective() == pytest.approx(result.loss.item(), rel=1e-6)  # the model takes its loss in float32
     # "example": the mean over sentences of each one's own mean
-    each = [F.cross_entropy(model(input_ids=torch.tensor([i])).logits[0, :-1], torch.tensor(i[1:])).item() for i in ids]
+    with evaluation(model):
+        each = [
+            F.cross_entropy(model(input_ids=torch.tensor([i])).logits[0, :-1], torch.tensor(i[1:])).item() for i in ids
+        ]
     by_example = Stage(model, task, ALL, reduction="example", batch_size=3)
     assert by_example.objective() == pytest.approx(sum(each) / len(each), rel=1e-12)
 
@@ -166,7 +170,8 @@ def test_classification_losses_are_the_models_own(architecture: str) -> None:
     task = SequenceClassification(tokenizer(), 9)
     ids = [tokenizer()(e["text"])["input_ids"] for e in LABELLED]
     inputs = {"input_ids": padded(ids, 0), "attention_mask": padded([[1] * len(i) for i in ids], 0)}
-    own = model(**inputs, labels=torch.tensor([e["label"] for e in LABELLED])).loss
+    with evaluation(model):
+        own = model(**inputs, labels=torch.tensor([e["label"] for e in LABELLED])).loss
     assert Stage(model, task, LABELLED, batch_size=2).objective() == pytest.approx(own.item(), rel=1e-12)
 
 
