@@ -17,30 +17,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from nlpinf import parameters as P
-from nlpinf.curvature import Curvature, CurvatureKind, Shifted, cross_product, curvature_samples
+from nlpinf.curvature import cross_product, curvature_samples
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
 from nlpinf.queries import Query
-from nlpinf.solvers import CG, Solution, Solver
+from nlpinf.solvers import CG, Preconditioning, Solution, Solver, preconditioning
 from nlpinf.stages import Chain, Link, Stage
+from nlpinf.systems import CurvatureChoice, Relative, System
 
 Progress = Callable[[str, int, float], None]
-
-
-@dataclass(frozen=True)
-class Relative:
-    """A damping of `factor` times the mean eigenvalue of the undamped curvature on its sample.
-
-    The mean eigenvalue is tr(C)/P by Hutchinson's estimator with `probes` seeded ±1 vectors; weight decay and proximity
-    are part of C.
-    """
-
-    factor: float
-    probes: int = 8
-
-    def __post_init__(self) -> None:
-        if not self.factor >= 0:
-            raise BadInput(f"the relative damping is {self.factor}; it must not be negative")
 
 
 @dataclass(frozen=True)
@@ -52,10 +37,12 @@ class PulledBack:
 
 
 class Step(Protocol):
-    """How one stage passes a cotangent back."""
+    """How one stage passes cotangents back."""
 
-    def __call__(self, link: Link, cotangent: Parameters, progress: Progress | None = None) -> PulledBack:
-        """Take ∂q/∂(the stage's final parameters) by name to ∂q/∂(what it received)."""
+    def __call__(
+        self, link: Link, cotangents: Sequence[Parameters], progress: Progress | None = None
+    ) -> list[PulledBack]:
+        """Take ∂q/∂(the stage's final parameters) by name to ∂q/∂(what it received), for every query q."""
         ...
 
     def settings(self) -> dict[str, Any]:
@@ -67,22 +54,26 @@ class Step(Protocol):
 class ImplicitSolve:
     """Passes a cotangent back by the implicit function theorem at the stage's optimum: one linear solve.
 
-    `curvature`  "ggn" (default), "hessian" or "fisher"
+    `curvature`  "ggn" (default), "hessian", "fisher", or "auto": the Hessian where it is positive definite, else the GGN
     `damping`    λ, absolute or `Relative`
     `sample`     rows of the stage's corpus that the operator averages over; None for all. A second sample of as many
                  other rows, if there are any, measures how far the first determines the answer
+    `preconditioner`  "none", "diagonal", "ekfac", "nystrom", "spectral", or a `Preconditioning`
     """
 
-    curvature: CurvatureKind = "ggn"
+    curvature: CurvatureChoice = "ggn"
     damping: float | Relative = field(default_factory=lambda: Relative(1e-2))
     solver: Solver = field(default_factory=CG)
     sample: int | None = None
     seed: int = 0
     allow_unconverged: bool = False
-    _operators: dict[int, tuple[Link, Shifted, Shifted | None]] = field(default_factory=dict, repr=False)
+    preconditioner: str | Preconditioning | None = None
+    _systems: dict[int, tuple[Link, System]] = field(default_factory=dict, repr=False)
 
     def settings(self) -> dict[str, Any]:
         damping = self.damping
+        made = preconditioning(self.preconditioner)
+        chosen = {system.link.stage.name: system.reason for _, system in self._systems.values() if system.reason}
         return {
             "step": "implicit_solve",
             "curvature": self.curvature,
@@ -90,44 +81,35 @@ class ImplicitSolve:
             "sample": self.sample,
             "seed": self.seed,
             "solver": self.solver.settings(),
+            "preconditioner": None if made is None else made.settings(),
             "allow_unconverged": self.allow_unconverged,
+            **({"chosen": chosen} if chosen else {}),
         }
 
-    def operators(self, link: Link) -> tuple[Shifted, Shifted | None]:
-        """Return C + diag(weight decay, 2α) + λI on the curvature sample and on the second one; made once a link."""
-        if id(link) not in self._operators:
-            stage = link.stage
-            first, second = curvature_samples(stage.size, self.sample, self.seed)
-            bare = Curvature(stage, self.curvature, first, self.seed)
-            damping = self.damping
-            if isinstance(damping, Relative):
-                mean = Shifted(bare, link.shift).mean_eigenvalue(damping.probes, self.seed)
-                if not mean > 0 and damping.factor > 0:
-                    raise BadInput(
-                        f"stage {stage.name!r}: the mean eigenvalue of its {self.curvature} is {mean:.3g}, so a relative "
-                        "damping is undefined; give an absolute one"
-                    )
-                damping = damping.factor * mean
-            operator = Shifted(bare, link.shift, damping)
-            other = (
-                Shifted(Curvature(stage, self.curvature, second, self.seed), link.shift, damping) if second else None
-            )
-            self._operators[id(link)] = (link, operator, other)
-        return self._operators[id(link)][1:]
+    def system(self, link: Link) -> System:
+        """Return the link's linear system; made once."""
+        if id(link) not in self._systems:
+            settings = (self.curvature, self.damping, self.sample, self.seed, self.preconditioner)
+            self._systems[id(link)] = (link, System(link, *settings))
+        return self._systems[id(link)][1]
 
-    def __call__(self, link: Link, cotangent: Parameters, progress: Progress | None = None) -> PulledBack:
-        stage = link.stage
-        operator, second = self.operators(link)
+    def __call__(
+        self, link: Link, cotangents: Sequence[Parameters], progress: Progress | None = None
+    ) -> list[PulledBack]:
+        stage, system = link.stage, self.system(link)
         report = None if progress is None else (lambda k, residual: progress(stage.name, k, residual))
-        solution = self.solver(operator, P.select(cotangent, operator.template), second, report)
-        if not self.allow_unconverged:
-            solution.required(f"stage {stage.name!r}")
-        y = solution.vector
-        w = {n: 2 * link.alpha * y[n] for n in link.moved}
-        if link.kept:
-            indices, _ = curvature_samples(stage.size, self.sample, self.seed)
-            w |= P.axpy(-1.0, cross_product(stage, y, link.kept, indices), P.select(cotangent, link.kept))
-        return PulledBack({link.received[n]: tensor for n, tensor in w.items()}, solution)
+        rights = [P.select(cotangent, system.operator.template) for cotangent in cotangents]
+        pulled = []
+        for cotangent, solution in zip(cotangents, system.solve(self.solver, rights, report)):
+            if not self.allow_unconverged:
+                solution.required(f"stage {stage.name!r}")
+            y = solution.vector
+            w = {n: 2 * link.alpha * y[n] for n in link.moved}
+            if link.kept:
+                indices, _ = curvature_samples(stage.size, self.sample, self.seed)
+                w |= P.axpy(-1.0, cross_product(stage, y, link.kept, indices), P.select(cotangent, link.kept))
+            pulled.append(PulledBack({link.received[n]: tensor for n, tensor in w.items()}, solution))
+        return pulled
 
 
 @dataclass(frozen=True)
@@ -155,58 +137,58 @@ class QueryVectors:
 
 
 def pull_back(
-    chain: Chain, cotangent: Parameters, steps: Sequence[Step], progress: Progress | None = None
-) -> tuple[Parameters, dict[str, Solution]]:
-    """Return v and the verdicts for a cotangent ∂q/∂(the last stage's parameters), by name; `steps[i]` is stage i's."""
-    verdicts: dict[str, Solution] = {}
+    chain: Chain, cotangents: Sequence[Parameters], steps: Sequence[Step], progress: Progress | None = None
+) -> tuple[list[Parameters], list[dict[str, Solution]]]:
+    """Return v and the verdicts for every cotangent ∂q/∂(the last stage's parameters), by name; `steps[i]` is stage i's."""
+    verdicts: list[dict[str, Solution]] = [{} for _ in cotangents]
     for link, step in reversed(list(zip(chain.links, steps))):
-        pulled = step(link, P.embedded(cotangent, link.stage.parameters), progress)
-        verdicts[_unique(link.stage.name, verdicts)] = pulled.solution
-        cotangent = pulled.cotangent
-    return P.scaled(-1.0, pulled.solution.vector), verdicts
+        pulled = step(link, [P.embedded(c, link.stage.parameters) for c in cotangents], progress)
+        name = _unique(link.stage.name, verdicts[0])
+        for ends, back in zip(verdicts, pulled):
+            ends[name] = back.solution
+        cotangents = [back.cotangent for back in pulled]
+    return [P.scaled(-1.0, back.solution.vector) for back in pulled], verdicts
 
 
 def query_vectors(
     chain: Chain,
     queries: Sequence[Query],
     *,
-    curvature: CurvatureKind | Sequence[CurvatureKind] = "ggn",
+    curvature: CurvatureChoice | Sequence[CurvatureChoice] = "ggn",
     damping: float | Relative | Sequence[float | Relative] | None = None,
     solver: Solver | None = None,
-    sample: int | None = None,
+    sample: int | Sequence[int | None] | None = None,
     seed: int = 0,
     allow_unconverged: bool = False,
+    preconditioner: str | Preconditioning | None = None,
     steps: Sequence[Step] | None = None,
     progress: Progress | None = None,
 ) -> QueryVectors:
     """Return the query vectors v of `queries` through `chain`, with a verdict for every solve.
 
-    `curvature` and `damping` are one for all stages or one for each, in the chain's order. `damping` defaults to
-    `Relative(1e-2)`. `sample` rows of each stage's corpus carry its curvature (a stage with fewer uses all of its own);
-    None takes all rows. `steps` replaces all of this by one `Step` a stage. Raises `NotConverged` unless
+    `curvature`, `damping` and `sample` are one for all stages or one for each, in the chain's order. `damping` defaults
+    to `Relative(1e-2)`. `sample` rows of a stage's corpus carry its curvature; None takes all of them, and of one number
+    for all stages a smaller corpus takes all of its own. `steps` replaces all of this by one `Step` a stage. Raises `NotConverged` unless
     `allow_unconverged`, which is recorded.
     """
     if not queries:
         raise BadInput("there is no query; give at least one")
     if steps is None:
         count = len(chain.links)
-        if sample is not None and sample > chain.stages[0].size:
-            raise BadInput(
-                f"the curvature sample is {sample} rows, but the corpus has {chain.stages[0].size}; give at most that"
-            )
+        samples = _each(sample, count)
+        if isinstance(sample, int) and sample <= chain.stages[0].size:
+            samples = [min(sample, stage.size) for stage in chain.stages]
+        for rows, stage in zip(samples, chain.stages):
+            curvature_samples(stage.size, rows, seed)  # refuses more rows than there are, before the first solve
         steps = [
-            ImplicitSolve(kind, lam, solver or CG(), sample and min(sample, stage.size), seed, allow_unconverged)
-            for kind, lam, stage in zip(
-                _each(curvature, count), _each(Relative(1e-2) if damping is None else damping, count), chain.stages
+            ImplicitSolve(kind, lam, solver or CG(), rows, seed, allow_unconverged, preconditioner)
+            for kind, lam, rows in zip(
+                _each(curvature, count), _each(Relative(1e-2) if damping is None else damping, count), samples
             )
         ]
-    vectors, verdicts, values = [], [], []
     last = chain.stages[-1]
-    for query in queries:
-        values.append(query.value(last))
-        v, verdict = pull_back(chain, query.gradient(last), steps, progress)
-        vectors.append(v)
-        verdicts.append(verdict)
+    values = [query.value(last) for query in queries]
+    vectors, verdicts = pull_back(chain, [query.gradient(last) for query in queries], steps, progress)
     settings = {
         "stages": [
             {"name": s.name, "reduction": s.reduction, "rows": s.size, "task": s.task.settings()} for s in chain.stages

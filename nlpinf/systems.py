@@ -1,0 +1,108 @@
+"""The linear system of one link of a chain: its operator on the curvature sample and on a second one, damped, with a preconditioner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from nlpinf.curvature import Curvature, CurvatureKind, Shifted, curvature_samples
+from nlpinf.curvature.spectrum import smallest_ritz_value
+from nlpinf.errors import BadInput
+from nlpinf.parameters import Parameters
+from nlpinf.solvers import Preconditioner, Preconditioning, Solution, Solver, preconditioning
+from nlpinf.stages import Link
+
+CurvatureChoice = CurvatureKind | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A damping of `factor` times the mean eigenvalue of the undamped curvature on its sample.
+
+    The mean eigenvalue is tr(C)/P by Hutchinson's estimator with `probes` seeded ±1 vectors; weight decay and proximity
+    are part of C.
+    """
+
+    factor: float
+    probes: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 0:
+            raise BadInput(f"the relative damping is {self.factor}; it must not be negative")
+
+
+class System:
+    """C + diag(weight decay, 2α) + λI of a link on its curvature sample; what it needs is made when it is first asked for.
+
+    `curvature` "auto" takes the exact Hessian where Lanczos and the solves find it positive definite with its damping, and the
+    Gauss-Newton matrix where they do not; `reason` says which it is and why.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        curvature: CurvatureChoice,
+        damping: float | Relative,
+        sample: int | None,
+        seed: int,
+        preconditioner: str | Preconditioning | None = None,
+    ) -> None:
+        self.link, self.seed = link, seed
+        self.first, rest = curvature_samples(link.stage.size, sample, seed)
+        self.rest = rest
+        self.preconditioning = preconditioning(preconditioner)
+        self.reason = ""
+        if curvature != "auto":
+            self._take(curvature, damping)
+            return
+        self._take("ggn", damping)
+        ggn = (self.operator, self.second)
+        self._take("hessian", self.operator.damping)
+        self._fallback: tuple[Shifted, Shifted | None] | None = ggn
+        least = smallest_ritz_value(self.operator, seed=seed)
+        if least > 0:
+            self.reason = f"exact Hessian: positive definite with its damping (smallest Ritz value {least:.2g})"
+        else:
+            self._fall_back(f"the damped Hessian has an eigenvalue of at most {least:.2g}")
+
+    def _take(self, kind: CurvatureKind, damping: float | Relative) -> None:
+        stage, self.kind = self.link.stage, kind
+        bare = Curvature(stage, kind, self.first, self.seed)
+        if isinstance(damping, Relative):
+            mean = Shifted(bare, self.link.shift).mean_eigenvalue(damping.probes, self.seed)
+            if not mean > 0 and damping.factor > 0:
+                raise BadInput(
+                    f"stage {stage.name!r}: the mean eigenvalue of its {kind} is {mean:.3g}, so a relative "
+                    "damping is undefined; give an absolute one"
+                )
+            damping = damping.factor * mean
+        self.operator = Shifted(bare, self.link.shift, damping)
+        self.second = (
+            Shifted(Curvature(stage, kind, self.rest, self.seed), self.link.shift, damping) if self.rest else None
+        )
+        self._preconditioner: Preconditioner | None = None
+        self._fallback = None
+
+    def _fall_back(self, why: str) -> None:
+        assert self._fallback is not None
+        (self.operator, self.second), self._fallback, self.kind = self._fallback, None, "ggn"
+        self._preconditioner = None
+        self.reason = f"Gauss-Newton matrix: {why}"
+
+    def solve(
+        self, solver: Solver, rights: Sequence[Parameters], progress: Callable[[int, float], None] | None = None
+    ) -> list[Solution]:
+        """Return the solution for every right-hand side; a preconditioner that the solver brings itself comes first."""
+        own: Any = solver
+        if self.preconditioning is not None and getattr(solver, "preconditioner", False) is None:
+            if self._preconditioner is None:
+                self._preconditioner = self.preconditioning.fit(self.operator)
+            own = replace(own, preconditioner=self._preconditioner)
+        solutions = own.many(self.operator, rights, self.second, progress)
+        if self._fallback is not None and any(s.verdict == "negative curvature" for s in solutions):
+            self._fall_back("a solve with the damped Hessian met negative curvature")
+            return self.solve(solver, rights, progress)
+        if not self.reason:
+            return solutions
+        return [replace(s, note="; ".join(filter(None, (s.note, self.reason)))) for s in solutions]
