@@ -96,11 +96,6 @@ def pretrain(
     """
     out = claim(out)
     corpus = Corpus.read(settings.corpus, empty=settings.empty, text_column=settings.text_column, split=settings.split)
-    kept = len(corpus) - settings.held_out
-    if kept < 1:
-        raise BadInput(f"{settings.corpus}: has {len(corpus)} rows, of which {settings.held_out} are to be held out")
-    if settings.held_out:
-        raise BadInput("a run of its own holds no rows out; leave them out of the corpus file")
     stage = pretraining(settings, corpus, words_for(settings, corpus, words), seed)
     folder = shipped.resolve(settings.model) if isinstance(settings.model, str) else None
     record: dict[str, Any] = {"seed": seed}
@@ -181,7 +176,7 @@ def finetune(
         "out": str(out),
         "rows": len(rows),
         "trained": P.size(stage.theta),
-        "loss": stage.objective(),
+        "loss": float(predictions(stage, rows)[0].mean()),
         "optimum": fitted.training.get("optimum"),
     }
     if asked is not None:
