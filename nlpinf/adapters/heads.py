@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel
 from nlpinf.adapters.elmo.config import MODEL_TYPE, ElmoConfig
 from nlpinf.adapters.elmo.network import ElmoEncoder, Packing, ProjectedLSTM
 from nlpinf.errors import BadInput
+from nlpinf.stages import evaluation
 
 Layers = Literal["last", "mix"]
 Pooling = Literal["mean", "max", "attention", "first"]
@@ -135,7 +136,7 @@ class TextClassifier(nn.Module):
         self.config = config
         self.prefix = prefix
         self.add_module(prefix, encoder)
-        self.head = Head(int(config.hidden_size), settings, int(config.num_hidden_layers) + 1)
+        self.head = Head(_width(encoder), settings, int(config.num_hidden_layers) + 1)
 
     @classmethod
     def on(cls, model: nn.Module, settings: HeadSettings, seed: int = 0) -> TextClassifier:
@@ -193,6 +194,15 @@ class TextClassifier(nn.Module):
         model.to(next(iter(tensors.values())).dtype)
         model.load_state_dict(tensors, strict=False)
         return model
+
+
+def _width(encoder: nn.Module) -> int:
+    """Return the width of the encoder's last layer; the config does not always tell (OPT's may be projected)."""
+    if hasattr(encoder, "states"):
+        return int(encoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    with evaluation(encoder), torch.no_grad():
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=next(encoder.parameters()).device)
+        return int(encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.shape[-1])
 
 
 def _encoder(folder: Path) -> nn.Module:
