@@ -35,6 +35,12 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     result.add_argument("--corpus", type=Path, help="text file, a sentence a line (default: generated sentences)")
     result.add_argument("--sentences", type=int, default=4000, help="sentences of the corpus (default 4000)")
     result.add_argument("--threads", type=int, default=2, help="threads of PyTorch (default 2)")
+    result.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: time of the process, which other work on the machine disturbs less",
+    )
     result.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return result
 
@@ -83,18 +89,21 @@ def stage(kind: str, sentences: Sequence[str], words: PreTrainedTokenizerFast, *
     return Stage(model, task, Corpus(sentences), **changes)
 
 
-def interleaved(ways: dict[str, Callable[[Any], Any]], batches: Sequence[Any]) -> dict[str, list[float]]:
+def interleaved(
+    ways: dict[str, Callable[[Any], Any]], batches: Sequence[Any], clock: str = "wall"
+) -> dict[str, list[float]]:
     """Return the seconds of every way on every batch, all ways in turn on each batch; a first round is not kept.
 
     Ratios are then of the same moments, so that other load on the machine falls on all ways alike.
     """
+    now = time.perf_counter if clock == "wall" else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number, batch in enumerate([batches[0], *batches]):
         for name, run in ways.items():
-            started = time.perf_counter()
+            started = now()
             run(batch)
             if number:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(now() - started)
     return seconds
 
 

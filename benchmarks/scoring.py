@@ -71,7 +71,7 @@ def main() -> None:
                 if queries <= arguments.forward_up_to:
                     ways["forward"] = ForwardScorer(stage, vectors[:queries])
                 ways["reverse"] = ReverseScorer(stage, vectors[:queries])
-                seconds = common.interleaved(ways, batches)
+                seconds = common.interleaved(ways, batches, arguments.clock)
                 done = sum(len(batch) for batch in batches)
                 for way in ways:
                     found = common.ratio(seconds, way, "bare")
@@ -92,7 +92,8 @@ def main() -> None:
                         f"{kind:6} {queries:7} {tokens:7}  {way:8} {found['median']:6.2f}  {spread}  {rate:8.0f}"
                     )
                     print(lines[-1], file=sys.stderr)
-    settings = {"sentences": len(sentences), "corpus": arguments.corpus.name if arguments.corpus else "generated"}
+    corpus = arguments.corpus.name if arguments.corpus else "generated"
+    settings = {"sentences": len(sentences), "corpus": corpus, "clock": arguments.clock}
     record = {"benchmark": "scoring", **settings, "results": results, "machine": common.machine(arguments.threads)}
     common.show(record, arguments.json, lines)
 

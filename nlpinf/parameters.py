@@ -55,6 +55,16 @@ def zeros_like(a: Parameters) -> Parameters:
     return {name: torch.zeros_like(tensor) for name, tensor in a.items()}
 
 
+def sums_like(a: Parameters) -> Parameters:
+    """Return zeros to add the batches of a mean into: like `a`, but float32 for half precision, which loses small terms."""
+    return {name: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for name, t in a.items()}
+
+
+def mean_like(sums: Parameters, count: float, a: Parameters) -> Parameters:
+    """Return sums / count in the dtypes of `a`."""
+    return {name: (sums[name] / count).to(tensor.dtype) for name, tensor in a.items()}
+
+
 def select(a: Parameters, names: Iterable[str]) -> Parameters:
     """Return the tensors of `names`, in that order."""
     return {name: a[name] for name in names}

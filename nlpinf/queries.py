@@ -60,20 +60,21 @@ class Query:
 
     def gradient(self, stage: Stage) -> Parameters:
         """Return (q_W, q_Θ): ∇q by name for every parameter of the stage's model, trained or not."""
-        names = list(stage.parameters)
-        total = P.zeros_like(stage.parameters)
+        sums = P.sums_like(stage.parameters)
         with evaluation(stage.model):
             for batch in self._batches(stage):
                 theta = {n: t.clone().requires_grad_(True) for n, t in stage.parameters.items()}
                 gradients = torch.autograd.grad(
                     self._part(stage, batch, theta), list(theta.values()), materialize_grads=True
                 )
-                total = {n: total[n] + g for n, g in zip(names, gradients)}
-        if not P.finite(total):
+                for total, gradient in zip(sums.values(), gradients):
+                    total += gradient
+        result = P.mean_like(sums, 1, stage.parameters)
+        if not P.finite(result):
             raise BadInput(
                 f"the gradient of query {self.name!r} is not finite; check the example and the model's weights"
             )
-        return total
+        return result
 
     def _batches(self, stage: Stage) -> list[Batch]:
         task = stage.task

@@ -229,16 +229,17 @@ class Stage:
     ) -> Parameters:
         """Return ∇G over the examples at `indices` (default: all) for `names` (default: the trained ones)."""
         names = list(names or self.trained or ())
-        total = P.zeros_like(P.select(self.parameters, names))
-        count = 0
+        template = P.select(self.parameters, names)
+        sums, count = P.sums_like(template), 0
         with evaluation(self.model):
             for batch in self.batches(indices):
                 theta = {n: self.parameters[n].clone().requires_grad_(True) for n in names}
                 loss = self.example_losses(batch, theta).sum()
                 gradients = torch.autograd.grad(loss, list(theta.values()), materialize_grads=True)
-                total = {n: total[n] + g for n, g in zip(names, gradients)}
+                for name, gradient in zip(names, gradients):
+                    sums[name] += gradient
                 count += len(batch)
-        total = P.scaled(1 / count, total)
+        total = P.mean_like(sums, count, template)
         if decay:
             total = {n: t + self.decay.get(n, 0.0) * self.parameters[n] for n, t in total.items()}
         return total

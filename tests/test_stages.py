@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nlpinf import parameters as P
+from nlpinf.curvature import Curvature, cross_product
 from nlpinf.errors import BadInput
 from nlpinf.influence import query_vectors
 from nlpinf.queries import Query
@@ -308,3 +309,20 @@ def test_fingerprints_tell_weights_apart() -> None:
     assert mark == fingerprint(P.of_model(same)) == fingerprint(dict(reversed(list(P.of_model(model).items()))))
     assert mark != fingerprint(P.of_model(other))
     assert mark != fingerprint(P.of_model(copy.deepcopy(model).double()))
+
+
+def test_half_precision_sums_lose_nothing() -> None:
+    """512 equal rows, a batch each: gradients and products are those of one row, where a bfloat16 sum stands still at 256."""
+    model = Mlp("h", 2).bfloat16()
+    one, many = (Stage(model, Classification(), DATA[:1] * n, batch_size=1) for n in (1, 512))
+    vector = P.random_like(one.theta, 1)
+    query = [Query.mean_loss(stage.data).gradient(stage) for stage in (one, many)]
+    pairs = [(one.gradient(), many.gradient()), tuple(query)]
+    for kind in ("ggn", "hessian"):
+        pairs.append(tuple(Curvature(stage, kind) @ vector for stage in (one, many)))  # type: ignore[arg-type]
+    names = ["first.weight"]
+    pairs.append(tuple(cross_product(stage, vector, names, range(stage.size)) for stage in (one, many)))
+    for alone, summed in pairs:
+        for name in alone:
+            assert summed[name].dtype == torch.bfloat16
+            torch.testing.assert_close(summed[name], alone[name], rtol=2**-6, atol=1e-4)

@@ -59,14 +59,17 @@ class Classification(_TensorTask):
 
 
 class Regression(_TensorTask):
-    """½ ‖model(x) − y‖² with y (values,)."""
+    """½ ‖model(x) − y‖², summed over all values of an example: y (values,), or (steps, values) and so on."""
 
     name = "regression"
     loss: OutputLoss = SquaredError()
 
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        return super().outputs(model, batch).flatten(1)
+
     def _targets(self, targets: list[Tensor]) -> Tensor:
         stacked = torch.stack(targets)
-        return stacked[:, None] if stacked.dim() == 1 else stacked
+        return stacked[:, None] if stacked.dim() == 1 else stacked.flatten(1)
 
 
 def _stacked(tensors: list[Tensor], fill: int) -> Tensor:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,11 +42,11 @@ def labelled(count: int = 24) -> list[dict[str, Any]]:
     ]
 
 
-def write_data(folder: Path) -> Path:
+def write_data(folder: Path, texts: Sequence[str] | None = None, rows: Sequence[dict[str, Any]] | None = None) -> Path:
     """Write corpus.txt and rows.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "corpus.txt").write_text("\n".join(sentences()) + "\n", encoding="utf-8")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled()), encoding="utf-8")
+    (folder / "corpus.txt").write_text("\n".join(texts or sentences()) + "\n", encoding="utf-8")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or labelled()), encoding="utf-8")
     return folder
 
 

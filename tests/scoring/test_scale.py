@@ -79,18 +79,14 @@ def test_reading_scores_does_not_loop_over_rows(name: str, folders: list[Path]) 
     assert READ["column"](Scores.open(folders[1])).shape == (LARGE,)
 
 
-@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
-def test_reading_a_corpus_does_not_loop_over_lines(suffix: str, tmp_path: Path) -> None:
+def test_reading_a_corpus_does_not_loop_over_lines(tmp_path: Path) -> None:
     counts = []
     for rows in (SMALL, LARGE):
-        path = tmp_path / f"{rows}.{suffix}"
-        lines = (f"the sentence {i}" for i in range(rows))
-        path.write_text(
-            "".join((json.dumps({"text": t}) if suffix == "jsonl" else t) + "\n" for t in lines), encoding="utf-8"
-        )
+        path = tmp_path / f"{rows}.txt"
+        path.write_text("".join(f"the sentence {i}\n" for i in range(rows)), encoding="utf-8")
         counts.append(calls(lambda p=path: Corpus.read(p)))
     assert counts[1] < counts[0] + LARGE // 100, counts
 
 
 def test_a_loop_would_be_seen() -> None:
-    assert calls(lambda: [str(i) for i in range(LARGE)]) >= LARGE
+    assert calls(lambda: [abs(i) for i in range(LARGE)]) >= LARGE

@@ -7,8 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nlpinf import parameters as P
+from nlpinf.curvature import Curvature
 from nlpinf.data.hashing import uniform
 from nlpinf.errors import BadInput
+from nlpinf.scoring.forward import ForwardScorer
+from nlpinf.scoring.reverse import ReverseScorer
 from nlpinf.stages import Stage, evaluation
 from nlpinf.tasks import Classification, CrossEntropy, OutputLoss, Regression, SquaredError
 from tests import oracle
@@ -98,6 +102,30 @@ def test_regression_and_keyword_inputs() -> None:
     stage = Stage(model, Regression("features"), list(zip(x, y)))
     expected = 0.5 * ((model.linear(x)[:, 0] - y) ** 2).mean()
     assert stage.objective() == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_regression_sums_over_all_values_of_an_example(steps: int) -> None:
+    """Outputs of three dimensions, as many steps as examples or not: a loss an example, the sum over steps and values."""
+    x, y = torch.randn(4, steps, 3, dtype=torch.float64), torch.randn(4, steps, 2, dtype=torch.float64)
+    model = nn.Linear(3, 2, dtype=torch.float64)
+    stage = Stage(model, Regression(), list(zip(x, y)), batch_size=4)
+    (batch,) = stage.batches()
+    with evaluation(model), torch.no_grad():
+        losses = stage.example_losses(batch)
+        expected = torch.stack([sum(0.5 * ((model(a) - b) ** 2).sum() for a, b in zip(*pair)) for pair in zip(x, y)])
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
+    vector = P.random_like(stage.theta, 1)
+    residual, moved = model(x).detach() - y, F.linear(x, vector["weight"], vector["bias"])
+    for scorer in (ForwardScorer, ReverseScorer):
+        scores = scorer(stage, [vector])(batch).scores[:, 0]
+        torch.testing.assert_close(scores, (residual * moved).sum((1, 2)), rtol=1e-12, atol=1e-12)
+    matrix = torch.einsum("bsi,bsj->ij", x, x) / 4  # the Hessian of the mean loss in one row of the weights
+    direction = {n: torch.zeros_like(t) for n, t in stage.theta.items()}
+    direction["weight"][0] = torch.tensor([1.0, -2.0, 0.5])
+    product = (Curvature(stage, "ggn") @ direction)["weight"]
+    torch.testing.assert_close(product[0], matrix @ direction["weight"][0], rtol=1e-12, atol=1e-15)
+    assert not product[1].any()
 
 
 def test_inputs_of_unequal_shapes_are_refused() -> None:
