@@ -191,7 +191,14 @@ def query_vectors(
     vectors, verdicts = pull_back(chain, [query.gradient(last) for query in queries], steps, progress)
     settings = {
         "stages": [
-            {"name": s.name, "reduction": s.reduction, "rows": s.size, "task": s.task.settings()} for s in chain.stages
+            {
+                "name": s.name,
+                "reduction": s.reduction,
+                "rows": s.size,
+                "task": s.task.settings(),
+                **({"head": s.record["head"]} if "head" in s.record else {}),  # a head that was fitted afterwards
+            }
+            for s in chain.stages
         ],
         "transfer": [_transfer(link) for link in chain.links[1:]],
         "steps": [step.settings() for step in steps],

@@ -283,6 +283,14 @@ def fit_pretraining(
     return replace(stage), fitted
 
 
+def fitted_head(stage: Stage) -> dict[str, Any]:
+    """Return what the record of a run says whose pretraining head alone was fitted."""
+    return {
+        "head": {"fitted": True, "rows": stage.size, "corpus": getattr(stage.data, "path", None)},
+        "notes": [f"its pretraining head was fitted on {stage.size:,} texts with the encoder fixed"],
+    }
+
+
 def perplexity(stage: Stage, texts: Sequence[str]) -> float:
     """Return exp of the mean loss of the texts' counted items, a bilm's under the full softmax."""
     task = stage.task

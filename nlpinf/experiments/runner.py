@@ -18,6 +18,7 @@ from nlpinf.adapters.huggingface import RECORD, chain_from_runs, read_json, save
 from nlpinf.data import shipped
 from nlpinf.errors import BadInput
 from nlpinf.experiments import recipe as recipes
+from nlpinf.experiments.building import fitted_head
 from nlpinf.experiments.recipe import Recipe, RelativeDamping
 from nlpinf.experiments.removal import removals
 from nlpinf.experiments.stages import Progress, Recipes
@@ -146,7 +147,9 @@ class Runner:
         pretrained = make.pretrain(progress=self.progress)
         if settings.held_out:
             measured |= {"after": make.perplexity(pretrained), "rows": settings.held_out}
-        more = {"perplexity": measured} if measured else {}
+        more: dict[str, Any] = {"perplexity": measured} if measured else {}
+        if settings.train == "head":
+            more |= fitted_head(pretrained)
         training = settings.training.model_dump()
         save_run(pretrained, self.pretrain, data=data, training=training, seed=self.recipe.seed, **more)
         return pretrained

@@ -25,6 +25,7 @@ from nlpinf.experiments.building import (
     finetuning,
     fit,
     fit_pretraining,
+    fitted_head,
     perplexity,
     pretraining,
     words_for,
@@ -104,8 +105,7 @@ def pretrain(
         stage, fitted = fit_pretraining(stage, settings, seed, progress=progress)
         record["training"], loss = fitted.training, fitted.loss
         if settings.train == "head":
-            record["head"] = {"fitted": True, "rows": stage.size, "corpus": corpus.path}
-            record["notes"] = [f"the pretraining head was fitted on {stage.size} rows with the encoder fixed"]
+            record |= fitted_head(stage)
     if folder is not None:
         record["encoder"] = {"run": Path(os.path.relpath(folder, out)).as_posix(), "weights": _weights(folder)}
     data = {"path": shipped.absolute(settings.corpus), "reading": _reading(settings)}

@@ -46,6 +46,9 @@ def notices(manifest: Mapping[str, Any], columns: list[np.ndarray], missing: int
         found.append(Notice(True, text, advice))
     for query, column in zip(queries, columns):
         found += _of_scores(query["name"], column)
+    for stage in (manifest.get("query_vectors") or {}).get("stages") or []:
+        if (head := stage.get("head") or {}).get("fitted"):
+            found.append(_of_head(stage["name"], head))
     skipped = (manifest.get("corpus") or {}).get("skipped") or {}
     for reason, number in skipped.items() if isinstance(skipped, Mapping) else [("", skipped)]:
         if number:
@@ -53,6 +56,18 @@ def notices(manifest: Mapping[str, Any], columns: list[np.ndarray], missing: int
             text = f"{count(int(number))} sentences of the corpus were skipped{told} and have no score."
             found.append(Notice(False, text, "What was skipped has no part in any list or chart here."))
     return found
+
+
+def _of_head(stage: str, head: Mapping[str, Any]) -> Notice:
+    text = (
+        f"The encoder of stage “{stage}” came without its pretraining head: one was fitted on {count(int(head['rows']))} "
+        "texts with the encoder fixed."
+    )
+    advice = (
+        "The pretraining objective here is that of this head and these texts, not the one that the encoder was trained with: "
+        "trust the order of the scores more than their sizes."
+    )
+    return Notice(False, text, advice)
 
 
 def _of_scores(query: str, column: np.ndarray) -> list[Notice]:
