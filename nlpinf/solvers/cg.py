@@ -14,6 +14,8 @@ from nlpinf.parameters import Parameters
 from nlpinf.solvers.base import Preconditioner, Solution, Verdict, checked, finished
 from nlpinf.solvers.block import block_cg
 
+_BLOCK_ENTRIES = 1 << 27  # half a gigabyte in single precision, for each of the dozen sets of columns of block CG
+
 
 @dataclass(frozen=True)
 class CG:
@@ -26,7 +28,8 @@ class CG:
     Ends with "negative curvature" at a direction p with ⟨p, C p⟩ ≤ 0 (the iterate before it is returned), "diverged" when the
     recursive residual grows by `divergence`, "not finite" at the first NaN or infinity. Where the recursive residual
     has drifted from the true one the iteration starts again from the current iterate (residual replacement).
-    Several right-hand sides share their directions (`block.py`), `block` of them at a time.
+    Several right-hand sides share their directions (`block.py`), `block` of them at a time, fewer for a large model: block CG
+    holds about ten numbers a parameter and column.
 
     A preconditioner that has `learn` is handed the last `memory` directions and their products after each solve.
     """
@@ -89,10 +92,11 @@ class CG:
         progress: Callable[[int, float], None] | None = None,
     ) -> list[Solution]:
         """Return the solution for every right-hand side, by block CG where there are several."""
-        if len(rights) < 2 or self.block < 2:
+        block = min(self.block, _BLOCK_ENTRIES // max(1, P.size(rights[0]))) if rights else 0
+        if len(rights) < 2 or block < 2:
             return [self(operator, right, second, progress) for right in rights]
         limits = (self.preconditioner, self.tolerance, self.max_iterations)
-        parts = [rights[i : i + self.block] for i in range(0, len(rights), self.block)]
+        parts = [rights[i : i + block] for i in range(0, len(rights), block)]
         return [s for part in parts for s in block_cg(operator, part, second, *limits, progress)]
 
     def _run(
