@@ -72,15 +72,14 @@ class RowScorer:
 
     def __call__(self, examples: Sequence[Any], rows: Sequence[int], tick: Tick | None = None) -> RowScores:
         """Score the examples with these row numbers; `tick` is told the number of rows of every batch that is done."""
-        stage, task, n = self.stage, self.stage.task, len(examples)
+        n = len(examples)
         scores, losses, tokens = np.empty((n, self.queries)), np.empty(n), np.empty(n, np.int64)
         items: list[tuple[np.ndarray, ...]] = []
-        encoded = task.encode(examples)
-        waiting = list(length_batches([task.length(e) for e in encoded], self.batch_size, self.batch_tokens))[::-1]
+        encoded, waiting = self.arrange(examples)
+        waiting.reverse()
         while waiting:
             chosen = waiting.pop()
-            batch = stage.on_device(task.collate([encoded[i] for i in chosen], [rows[i] for i in chosen]))
-            result = self._score(batch)
+            batch, result = self.score([encoded[i] for i in chosen], [rows[i] for i in chosen])
             if len(chosen) > 1 and not bool(torch.isfinite(result.scores).all()):
                 waiting += [[i] for i in chosen[::-1]]  # one NaN spreads to its neighbours (0 · NaN): find whose it is
                 continue
@@ -97,6 +96,17 @@ class RowScorer:
         owner, values, targets, positions = (np.concatenate(column) for column in zip(*items))
         order = np.argsort(owner, kind="stable")
         return RowScores(scores, losses, tokens, values[order], targets[order], positions[order])
+
+    def arrange(self, examples: Sequence[Any]) -> tuple[list[Any], list[list[int]]]:
+        """Return the encoded examples and which of them share a batch, the longest first."""
+        task = self.stage.task
+        encoded = task.encode(examples)
+        return encoded, list(length_batches([task.length(e) for e in encoded], self.batch_size, self.batch_tokens))
+
+    def score(self, encoded: Sequence[Any], rows: Sequence[int]) -> tuple[Batch, BatchScores]:
+        """Return the batch of encoded examples, and its scores."""
+        batch = self.stage.on_device(self.stage.task.collate(encoded, rows))
+        return batch, self._score(batch)
 
     def _budget(self, given: int | None, default: int) -> int:
         """Return the limit of a batch that was given, or the stage's, which the masks of an example share."""

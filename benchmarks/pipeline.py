@@ -1,0 +1,245 @@
+"""What surrounds the model in a pass over a corpus: reading, batching, writing; memory; several processes; the plan.
+
+python benchmarks/pipeline.py zeros --rows 10000000   a scorer that returns zeros: rows/s, memory above the start
+python benchmarks/pipeline.py model --rows 1000000    a one-layer model end to end
+python benchmarks/pipeline.py processes --rows 40000  two processes with one thread each against one
+python benchmarks/pipeline.py plan --rows 24000       what `nlpinf plan` says against what the run takes
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from benchmarks import common
+from nlpinf import parameters as P
+from nlpinf.data.corpus import Corpus
+from nlpinf.data.sources import find
+from nlpinf.influence import QueryVectors
+from nlpinf.queries import Query
+from nlpinf.scoring import score
+from nlpinf.scoring.corpus import PART_ROWS
+from nlpinf.scoring.feed import Part, StreamFeed
+from nlpinf.scoring.plan import plan
+from nlpinf.scoring.rows import RowScores, Tick
+from nlpinf.scoring.shards import Worker
+from nlpinf.scoring.store import Scores, Store
+from nlpinf.scoring.tables import table
+from nlpinf.stages import Stage, length_batches
+from nlpinf.tasks import CausalLM
+
+WORDS = 4000
+
+
+def write_corpus(path: Path, rows: int) -> None:
+    """Write sentences of 1 to 40 made-up words, 12 on average, with frequencies that fall like 1/rank."""
+    draw = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    words = np.array(["".join(draw.choice(letters, draw.integers(2, 9))) for _ in range(WORDS)], dtype=object)
+    chance = 1 / np.arange(1, WORDS + 1)
+    with path.open("w", encoding="utf-8") as file:
+        for start in range(0, rows, 50_000):
+            lengths = np.clip(draw.poisson(12, min(50_000, rows - start)), 1, 40)
+            chosen = iter(words[draw.choice(WORDS, lengths.sum(), p=chance / chance.sum())])
+            file.writelines(" ".join(next(chosen) for _ in range(n)) + "\n" for n in lengths)
+
+
+@contextmanager
+def peak_above() -> Any:
+    """Yield a list to which the peak of the resident memory above that at the start is added at the end, in MiB."""
+    gc.collect()
+    start, peak, ended = resident(), [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            peak[0] = max(peak[0], resident())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    found: list[float] = []
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+        found.append(round((max(peak[0], resident()) - start) / 2**20, 1))
+
+
+def resident() -> int:
+    """Return the resident memory of this process in bytes."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def zeros(part: Part, tick: Tick) -> pa.Table:
+    """Take the place of a model: batches by length, zeros for scores."""
+    count = len(part.rows)
+    scores, losses = np.zeros((count, 1)), np.zeros(count)
+    lengths = [len(text) // 5 for text in part.examples]
+    for chosen in length_batches(lengths, 64, 2048):
+        scores[np.asarray(chosen)] = 0.0
+        tick(len(chosen))
+    return table(RowScores(scores, losses, np.asarray(lengths)), part)
+
+
+def run_zeros(corpus: Path, out: Path, rows: int) -> dict[str, Any]:
+    """Move the rows through everything but a model, then look for the extremes and filter."""
+    from nlpinf.scoring.filter import filter_corpus
+    from nlpinf.scoring.select import Amount, Rule, select
+
+    with peak_above() as memory:
+        began, used = time.perf_counter(), time.process_time()
+        feed = StreamFeed.of(find(corpus))
+        read = time.perf_counter() - began
+        identity = {"rows": feed.size, "part_rows": PART_ROWS, "parts": -(-feed.size // PART_ROWS)}
+        manifest = {"kind": "scores", "format": 1, "identity": identity, "m": rows, "queries": [{"name": "zeros"}]}
+        Worker(Store.start(out, {**manifest, "corpus": {}}), feed, zeros).run()
+        seconds, used = time.perf_counter() - began, time.process_time() - used
+    del feed
+    result = {"rows_per_cpu_second": round(rows / used), "rows_per_second": round(rows / seconds), "seconds": round(seconds, 1), "seconds_check": round(read, 1)}
+    result["mib_above_start"] = memory[0]
+    scores = Scores.open(out)
+    with peak_above() as memory:
+        began = time.perf_counter()
+        scores.top(20)
+        result["seconds_top"] = round(time.perf_counter() - began, 1)
+    result["mib_top"] = memory[0]
+    with peak_above() as memory:
+        began = time.perf_counter()
+        chosen = select(scores, Rule("harmful", Amount.parse("5%")))
+        filter_corpus(scores, chosen, out.parent / "clean.txt.zst")
+        result["seconds_filter"] = round(time.perf_counter() - began, 1)
+    return {
+        **result,
+        "mib_filter": memory[0],
+        "mib_on_disk": round(sum(p.stat().st_size for p in out.iterdir()) / 2**20),
+    }
+
+
+def vectors_of(layers: int, width: int, texts: list[str]) -> QueryVectors:
+    """Return one random query vector for a GPT-2 of this size."""
+    words = common.tokenizer(texts)
+    torch.manual_seed(0)
+    size = {"n_positions": 64, "n_embd": width, "n_layer": layers, "n_head": max(1, width // 64)}
+    config = GPT2Config(vocab_size=len(words), use_cache=False, bos_token_id=1, eos_token_id=2, pad_token_id=0, **size)
+    stage = Stage(GPT2LMHeadModel(config).eval(), CausalLM(words, 64), Corpus(texts))
+    return QueryVectors(
+        stage, (Query("loss", (texts[0],), "random"),), (P.random_like(stage.theta, 0),), ({},), (0.0,), {}
+    )
+
+
+def run_model(corpus: Path, out: Path, rows: int, vectors: QueryVectors) -> dict[str, Any]:
+    """Score the corpus end to end."""
+    with peak_above() as memory:
+        began = time.perf_counter()
+        score(vectors, corpus, out)
+        seconds = time.perf_counter() - began
+    return {"rows_per_second": round(rows / seconds, 1), "seconds": round(seconds, 1), "mib_above_start": memory[0]}
+
+
+def forked(count: int, work: Callable[[], Any]) -> float:
+    """Return the seconds that so many processes with one thread each need together."""
+    began, children = time.perf_counter(), []
+    for _ in range(count):
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                torch.set_num_threads(1)
+                work()
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert not any(os.waitpid(child, 0)[1] for child in children)
+    return time.perf_counter() - began
+
+
+def run_processes(corpus: Path, out: Path, rows: int, vectors: QueryVectors) -> dict[str, Any]:
+    """Score the corpus by one process and by two, in turn, with parts of 1,024 rows."""
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for turn in range(3):
+        for count in seconds:
+            folder = out.parent / f"{count}-{turn}"
+            seconds[count].append(forked(count, lambda f=folder: score(vectors, corpus, f, part_rows=1024)))  # type: ignore[misc]
+    best = {count: min(each) for count, each in seconds.items()}
+    return {
+        "speedup": round(best[1] / best[2], 2),
+        "seconds": {k: [round(s, 1) for s in v] for k, v in seconds.items()},
+    }
+
+
+def run_plan(corpus: Path, out: Path, rows: int, vectors: QueryVectors) -> dict[str, Any]:
+    """Compare the plan with the run that follows it."""
+    began = time.perf_counter()
+    found = plan(vectors, StreamFeed.of(find(corpus)), part_rows=PART_ROWS)
+    measuring = time.perf_counter() - began
+    began = time.perf_counter()
+    score(vectors, corpus, out)
+    seconds = time.perf_counter() - began
+    size = sum(path.stat().st_size for path in out.glob("part-*"))
+    planned = found.options[0].hours * 3600
+    return {
+        "planned_seconds": round(planned, 1), "seconds": round(seconds, 1), "ratio": round(planned / seconds, 3),
+        "disk_ratio": round(found.disk_bytes / size, 3), "measured_rows": found.measured, "seconds_measuring": round(measuring, 1),
+        "planned_memory_mib": round(found.memory_bytes / 2**20),
+        "memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run the benchmark."""
+    options = common.parser(__doc__)
+    options.add_argument("job", choices=["zeros", "model", "processes", "plan"])
+    options.add_argument("--rows", type=int, default=100_000, help="rows of the generated corpus (default 100,000)")
+    options.add_argument("--layers", type=int, help="layers of the model (default 1, for the plan 4)")
+    options.add_argument("--width", type=int, help="width of the model (default 32, for the plan 256)")
+    arguments = options.parse_args()
+    large = arguments.job == "plan"
+    layers, width = arguments.layers or (4 if large else 1), arguments.width or (256 if large else 32)
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        corpus, out = Path(folder, "corpus.txt"), Path(folder, "scores")
+        write_corpus(corpus, arguments.rows)
+        size = {"rows": arguments.rows, "corpus_mib": round(corpus.stat().st_size / 2**20)}
+        if arguments.job == "zeros":
+            result = run_zeros(corpus, out, arguments.rows)
+        else:
+            with corpus.open(encoding="utf-8") as file:
+                texts = [line.rstrip("\n") for line, _ in zip(file, range(2000))]
+            job = {"model": run_model, "processes": run_processes, "plan": run_plan}[arguments.job]
+            result = {
+                "layers": layers,
+                "width": width,
+                **job(corpus, out, arguments.rows, vectors_of(layers, width, texts)),
+            }
+    load = round(os.getloadavg()[0], 1)
+    record = {
+        "benchmark": f"pipeline {arguments.job}",
+        **size,
+        **result,
+        "load": load,
+        "machine": common.machine(arguments.threads),
+    }
+    common.show(
+        record, arguments.json, [f"{key:18} {value}" for key, value in {**size, **result, "load": load}.items()]
+    )
+
+
+if __name__ == "__main__":
+    main()

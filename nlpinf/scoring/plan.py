@@ -1,0 +1,182 @@
+"""What scoring a corpus will take, from a few hundred of its rows: hours, memory, disk and cost."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+from nlpinf.errors import BadInput
+from nlpinf.influence import QueryVectors
+from nlpinf.scoring.feed import Feed, Part
+from nlpinf.scoring.files import write_table
+from nlpinf.scoring.rows import Mode, RowScorer, RowScores
+from nlpinf.scoring.tables import table
+
+_LONGEST = 64  # texts of the greatest length, whose batch sets the memory
+
+
+@dataclass(frozen=True)
+class Option:
+    """So many processes of the kind that was measured, each with processors of its own."""
+
+    processes: int
+    hours: float
+    memory_bytes: int
+    cost: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was measured on `measured` rows, and what follows for all of them.
+
+    `rows_per_second` one process, reading, encoding, scoring and writing included; `seconds_start` what comes before
+    the first part: loading, and reading the corpus once; `memory_bytes` the process's peak (on a GPU also
+    `gpu_memory_bytes`); `disk_bytes` the scores folder; `options` for 1 to N processes.
+    """
+
+    rows: int
+    parts: int
+    measured: int
+    mode: str
+    threads: int
+    rows_per_second: float
+    seconds_start: float
+    memory_bytes: int
+    gpu_memory_bytes: int | None
+    disk_bytes: int
+    options: list[Option]
+
+
+def plan(
+    vectors: QueryVectors,
+    feed: Feed,
+    *,
+    mode: Mode = "auto",
+    token_scores: bool = False,
+    text: bool = True,
+    part_rows: int,
+    sample: int = 300,
+    processes: Sequence[int] = (1, 2, 4, 8),
+    price: float | None = None,
+    seconds_start: float = 0.0,
+    seed: int = 0,
+) -> Plan:
+    """Measure and extrapolate; the arguments are those of `nlpinf.score`.
+
+    A part of random rows is encoded and cut into batches as a run would. Of its batches, longest to shortest, every
+    k-th is scored and timed, at least `sample` rows, and each of the others is taken to need, per padded token, what the
+    nearest timed ones do. `price` is that of a process for an hour; `seconds_start` what loading took.
+    """
+    if sample < 1 or any(count < 1 for count in processes):
+        raise BadInput("a plan needs at least 1 row to measure and 1 process")
+    scorer = RowScorer(vectors, mode, token_scores)
+    began = time.perf_counter()
+    lengths = _lengths(feed)
+    seconds_read = time.perf_counter() - began
+    size, draw = min(part_rows, feed.size), np.random.default_rng(seed)
+    part = _taken(feed, draw.choice(feed.size, size, replace=False))
+    began = time.perf_counter()
+    encoded, batches = scorer.arrange(part.examples)
+    seconds_encode = time.perf_counter() - began
+    seconds_score, measured = _scoring(scorer, encoded, part, batches, sample)
+    _longest(scorer, feed, lengths, min(_LONGEST, feed.size))
+    seconds_write, bytes_part = _writing(scorer, part, text and feed.has_texts, token_scores, draw)
+    seconds_part = seconds_encode + seconds_score + seconds_write
+    parts = math.ceil(feed.size / part_rows)
+    start = seconds_start + 2 * seconds_read  # a run reads the corpus once to check it, once to score it
+    total = seconds_part * feed.size / size
+    memory = _peak_memory()
+    options = []
+    for count in processes:
+        # Whole parts for each; the last part of the corpus may be short.
+        seconds = start + min(math.ceil(parts / count) * seconds_part, total)
+        hours = seconds / 3600
+        options.append(Option(count, hours, count * memory, None if price is None else price * hours * count))
+    gpu = torch.cuda.max_memory_allocated() if vectors.stage.device.type == "cuda" else None
+    disk = int(bytes_part * feed.size / size)
+    return Plan(feed.size, parts, measured, scorer.mode, torch.get_num_threads(), feed.size / total, start, memory, gpu, disk, options)  # fmt: skip
+
+
+def _lengths(feed: Feed) -> np.ndarray:
+    """Return the bytes of every row's text, zeros where rows are no texts; one pass."""
+    size = 1 << 16
+    found = [
+        np.zeros(len(part.rows), np.int64) if part.texts is None else pc.binary_length(part.texts).to_numpy()
+        for part in feed.parts(range(-(-feed.size // size)), size)
+    ]
+    return np.concatenate(found)
+
+
+def _taken(feed: Feed, places: np.ndarray) -> Part:
+    """Return the rows at these places of the feed as one part, in the corpus's order."""
+    chosen = np.zeros(feed.total, bool)
+    inside = np.arange(feed.total) if feed.chosen is None else np.flatnonzero(feed.chosen)
+    chosen[inside[places]] = True
+    return next(iter(feed.choose(chosen).parts([0], len(places))))
+
+
+def _scoring(
+    scorer: RowScorer, encoded: list[object], part: Part, batches: list[list[int]], sample: int
+) -> tuple[float, int]:
+    """Return the seconds for all batches, from those of some, and how many rows these have."""
+    wanted = max(min(8, len(batches)), math.ceil(len(batches) * sample / len(part.rows)))
+    timed = np.unique(np.linspace(0, len(batches) - 1, min(wanted, len(batches))).round().astype(int))
+    task, rows = scorer.stage.task, part.rows
+    padded = np.array([len(chosen) * max(task.length(encoded[i]) for i in chosen) for chosen in batches], float)
+    warm = batches[int(timed[len(timed) // 2])]
+    scorer.score([encoded[i] for i in warm], rows[warm].tolist())
+    each = []
+    for number in timed:
+        chosen = batches[int(number)]
+        began = time.perf_counter()
+        _, result = scorer.score([encoded[i] for i in chosen], rows[chosen].tolist())
+        result.scores.cpu()
+        each.append((time.perf_counter() - began) / padded[number])
+    per_token = np.interp(np.arange(len(batches)), timed, each)
+    return float(per_token @ padded), sum(len(batches[int(number)]) for number in timed)
+
+
+def _longest(scorer: RowScorer, feed: Feed, lengths: np.ndarray, count: int) -> None:
+    """Score the batch of the longest texts, so that the peak of the memory has been reached."""
+    part = _taken(feed, np.argpartition(-lengths, count - 1)[:count])
+    encoded, batches = scorer.arrange(part.examples)
+    scorer.score([encoded[i] for i in batches[0]], part.rows[batches[0]].tolist())
+
+
+def _writing(
+    scorer: RowScorer, part: Part, text: bool, token_scores: bool, draw: np.random.Generator
+) -> tuple[float, int]:
+    """Return the seconds and bytes of the part, with random numbers in the place of scores: neither is compressible."""
+    count = len(part.rows)
+    result = RowScores(draw.standard_normal((count, scorer.queries)), draw.random(count), np.ones(count, np.int64))
+    if token_scores:
+        counted = np.array([scorer.stage.task.counted([e]) for e in scorer.stage.task.encode(part.examples)])
+        items, ids = (
+            draw.standard_normal((int(counted.sum()), scorer.queries)),
+            draw.integers(0, 8000, int(counted.sum())),
+        )
+        result = RowScores(result.scores, result.losses, counted, items, ids, ids % 64)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part.parquet"
+        began = time.perf_counter()
+        write_table(table(result, part, text), path)
+        return time.perf_counter() - began, path.stat().st_size
+
+
+def _peak_memory() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,72 @@
+"""The plan, on a clock that the test turns: every batch costs what a formula says, so that the truth is known."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from nlpinf.data.corpus import Corpus
+from nlpinf.errors import BadInput
+from nlpinf.scoring.feed import feed_of
+from nlpinf.scoring.forward import BatchScores
+from nlpinf.scoring.plan import plan
+from nlpinf.scoring.rows import RowScorer
+from tests.cases import WORDS
+from tests.scoring.common import pretrain_stage, query_vectors
+
+ROWS, PART = 3000, 400
+
+
+@pytest.mark.parametrize("part_rows", [PART, 10**6])
+def test_the_plan_is_what_the_run_takes(monkeypatch: pytest.MonkeyPatch, part_rows: int) -> None:
+    draw = np.random.default_rng(0)
+    texts = [" ".join(draw.choice(WORDS, n)) for n in np.minimum(7, draw.geometric(0.3, ROWS))]
+    stage = replace(pretrain_stage("gpt2 sdpa"), data=Corpus(texts), batch_size=8, batch_tokens=64)
+    vectors = query_vectors(stage)
+    clock = [0.0]
+
+    def cost(lengths: list[int]) -> float:
+        return 0.01 + 0.002 * len(lengths) * max(lengths) + 0.0005 * len(lengths) * max(lengths) ** 2
+
+    def scored(self: RowScorer, encoded: list[list[int]], rows: list[int]):  # type: ignore[no-untyped-def]
+        clock[0] += cost([len(e) for e in encoded])
+        n = len(encoded)
+        return None, BatchScores(torch.zeros(n), torch.zeros(n, 1), None)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(RowScorer, "score", scored)
+    scorer, truth = RowScorer(vectors), 0.0
+    for start in range(0, ROWS, part_rows):
+        encoded, batches = scorer.arrange(texts[start : start + part_rows])
+        truth += sum(cost([len(encoded[i]) for i in chosen]) for chosen in batches)
+    found = plan(
+        vectors, feed_of(stage.data), part_rows=part_rows, sample=100, processes=(1, 2, 3), price=2.0, seconds_start=5.0
+    )
+    one, two, three = found.options
+    assert one.hours * 3600 - 5 == pytest.approx(truth, rel=0.05)
+    assert found.rows_per_second == pytest.approx(ROWS / truth, rel=0.05)
+    assert 100 <= found.measured < ROWS / 2 if part_rows > PART else 100 <= found.measured <= 250
+    assert two.cost == pytest.approx(2 * 2.0 * two.hours) and two.memory_bytes == 2 * one.memory_bytes
+    if part_rows == PART:  # 8 parts: four for each of two, three for the first of three
+        assert two.hours * 3600 - 5 == pytest.approx(truth * 4 * PART / ROWS, rel=0.05)
+        assert three.hours * 3600 - 5 == pytest.approx(truth * 3 * PART / ROWS, rel=0.05)
+    else:
+        assert two.hours == one.hours  # one part cannot be shared
+
+
+def test_disk_is_what_the_folder_takes(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    from nlpinf.scoring import score
+
+    draw = np.random.default_rng(0)
+    stage = replace(pretrain_stage("gpt2 sdpa"), data=Corpus([" ".join(draw.choice(WORDS, 6)) for _ in range(600)]))
+    vectors = query_vectors(stage, 3)
+    found = plan(vectors, feed_of(stage.data), part_rows=200)
+    score(vectors, out=tmp_path / "s", part_rows=200)
+    size = sum(path.stat().st_size for path in (tmp_path / "s").glob("part-*"))
+    assert found.disk_bytes == pytest.approx(size, rel=0.1) and found.parts == 3
+    with pytest.raises(BadInput, match="at least 1"):
+        plan(vectors, feed_of(stage.data), part_rows=200, sample=0)
