@@ -10,7 +10,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from nlpinf.cli import check, demo, filter, finetune, fit_head, merge, pretrain, query, report, run, score, status, top
+from nlpinf.cli import (
+    check,
+    demo,
+    filter,
+    finetune,
+    fit_head,
+    merge,
+    plan,
+    pretrain,
+    query,
+    report,
+    run,
+    score,
+    status,
+    top,
+)
 from nlpinf.errors import NlpinfError, NotConverged
 
 app = typer.Typer(
@@ -34,7 +49,7 @@ def _options(
         torch.set_num_threads(threads)
 
 
-for module in (demo, run, pretrain, fit_head, finetune, query, score, status, top, filter, merge, report, check):
+for module in (demo, run, pretrain, fit_head, finetune, query, plan, score, status, top, filter, merge, report, check):
     module.add(app)
 
 
