@@ -260,7 +260,7 @@ class _Functional:
 
 def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> Iterator[list[int]]:
     """Yield indices in batches of like length, at most `batch_size` of them and `batch_tokens` after padding."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)  # ties stay in their order
     start = 0
     while start < len(order):
         width = max(1, lengths[order[start]])
