@@ -395,7 +395,7 @@ def build(family: Family, path: str, dtype: torch.dtype, name: str) -> Case:
                 trained,
                 name=f"{kind} {step}",
                 batch_size=family.batch_size,
-            )  # fmt: skip
+            )
         )
         transfers.append("frozen" if how == "frozen" else Proximity(0.2 + 0.1 * step))
         maps.append(names if family.renamed else None)

@@ -45,16 +45,18 @@ def line_blocks(path: str | Path) -> Iterator[tuple[bytes, int]]:
         yield _checked(rest, path, number) + b"\n", number
 
 
+def _opened(path: str | Path, packed: str) -> Any:
+    if packed == ".gz":
+        return gzip.open(resolve(path))
+    if packed:
+        return pa.input_stream(str(resolve(path)), compression={".zst": "zstd", ".bz2": "bz2"}[packed])
+    return resolve(path).open("rb")
+
+
 def _stream(path: str | Path) -> Iterator[bytes]:
     packed = suffixes(path)[1]
     try:
-        if packed == ".gz":
-            file: Any = gzip.open(resolve(path))
-        elif packed:
-            file = pa.input_stream(str(resolve(path)), compression={".zst": "zstd", ".bz2": "bz2"}[packed])
-        else:
-            file = resolve(path).open("rb")
-        with file:
+        with _opened(path, packed) as file:
             while data := file.read(_BLOCK):
                 yield data
     except FileNotFoundError:

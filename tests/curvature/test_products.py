@@ -113,7 +113,7 @@ def test_damping_and_shift_are_added_once_a_product() -> None:
 
 def test_bad_settings_are_refused() -> None:
     stage = Stage(Mlp("digits", 2), Classification(), [(torch.zeros(3), 0)])
-    with pytest.raises(BadInput, match="damping is -0.1"):
+    with pytest.raises(BadInput, match=r"damping is -0\.1"):
         Shifted(Curvature(stage, "ggn"), {}, -0.1)
     with pytest.raises(BadInput, match="damping is nan"):
         Shifted(Curvature(stage, "ggn"), {}, float("nan"))

@@ -214,7 +214,7 @@ def test_a_full_file_system(undisturbed: dict[str, bytes], tmp_path: Path) -> No
         pytest.skip("a small file system cannot be mounted here")
     try:
         out = small / "scores"
-        with pytest.raises(BadInput, match="cannot be written .*free some space"):
+        with pytest.raises(BadInput, match=r"cannot be written .*free some space"):
             work(out)
         there = bytes_of(out)
         assert 2 < len(there) < PARTS and all(undisturbed[name] == content for name, content in there.items())
@@ -227,7 +227,7 @@ def test_a_full_file_system(undisturbed: dict[str, bytes], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("text", ["3", "3/", "/4", "4/4", "-1/4", "a/b", "0/0"])
 def test_shards_that_are_none(text: str) -> None:
-    with pytest.raises(BadInput, match="shard.*from 0"):
+    with pytest.raises(BadInput, match=r"shard.*from 0"):
         Shard.parse(text)
 
 
