@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nlpinf import parameters as P
+from nlpinf import processes
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
 from nlpinf.stages import Stage, evaluation
@@ -56,20 +57,21 @@ class Query:
     def value(self, stage: Stage, changed: Parameters | None = None) -> float:
         """Return q at the stage's parameters, with those in `changed` in their place."""
         with evaluation(stage.model), torch.no_grad():
-            return float(sum(self._part(stage, batch, changed) for batch in self._batches(stage)))
+            parts = (float(self._part(stage, batch, changed)) for batch in processes.share(self._batches(stage)))
+            return processes.total_of(sum(parts))
 
     def gradient(self, stage: Stage) -> Parameters:
         """Return (q_W, q_Θ): ∇q by name for every parameter of the stage's model, trained or not."""
         sums = P.sums_like(stage.parameters)
         with evaluation(stage.model):
-            for batch in self._batches(stage):
+            for batch in processes.share(self._batches(stage)):
                 theta = {n: t.clone().requires_grad_(True) for n, t in stage.parameters.items()}
                 gradients = torch.autograd.grad(
                     self._part(stage, batch, theta), list(theta.values()), materialize_grads=True
                 )
                 for total, gradient in zip(sums.values(), gradients):
                     total += gradient
-        result = P.mean_like(sums, 1, stage.parameters)
+        result = P.mean_like(processes.total(sums), 1, stage.parameters)
         if not P.finite(result):
             raise BadInput(
                 f"the gradient of query {self.name!r} is not finite; check the example and the model's weights"

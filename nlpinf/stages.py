@@ -23,6 +23,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nlpinf import parameters as P
+from nlpinf import processes
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
 from nlpinf.tasks import Batch, Task
@@ -227,19 +228,22 @@ class Stage:
     def gradient(
         self, names: Sequence[str] | None = None, indices: Sequence[int] | None = None, *, decay: bool = True
     ) -> Parameters:
-        """Return ∇G over the examples at `indices` (default: all) for `names` (default: the trained ones)."""
+        """Return ∇G over the examples at `indices` (default: all) for `names` (default: the trained ones).
+
+        In a group of processes each does its share, so all of them must call it.
+        """
         names = list(names or self.trained or ())
         template = P.select(self.parameters, names)
         sums, count = P.sums_like(template), 0
         with evaluation(self.model):
-            for batch in self.batches(indices):
+            for batch in processes.share(self.batches(indices)):
                 theta = {n: self.parameters[n].clone().requires_grad_(True) for n in names}
                 loss = self.example_losses(batch, theta).sum()
                 gradients = torch.autograd.grad(loss, list(theta.values()), materialize_grads=True)
                 for name, gradient in zip(names, gradients):
                     sums[name] += gradient
                 count += len(batch)
-        total = P.mean_like(sums, count, template)
+        total = P.mean_like(processes.total(sums), processes.total_of(count), template)
         if decay:
             total = {n: t + self.decay.get(n, 0.0) * self.parameters[n] for n, t in total.items()}
         return total

@@ -7,7 +7,8 @@ With outputs o = o(θ), their Jacobian J, the item weights w of the stage's redu
     fisher    1/n Σ w   Jᵀ ĝ ĝᵀ J v,  ĝ = ∂ℓ/∂o at a target drawn from the model, fixed by (seed, row)
 
 J v is a forward-mode pass, Jᵀ u a reverse-mode pass, and what lies between them is closed form at the outputs, so that
-the peak is the model, two copies of the parameters and one batch of activations and outputs. The Hessian product of a
+the peak is the model, two copies of the parameters and one batch of activations and outputs. In a group of processes
+each takes its share of the batches, then one all-reduce. The Hessian product of a
 network whose backward pass has no forward mode (SiLU's, so Llama's and Mixtral's) is reverse mode over reverse mode.
 """
 
@@ -23,6 +24,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from nlpinf import parameters as P
+from nlpinf import processes
 from nlpinf.curvature.operators import Operator
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
@@ -131,15 +133,16 @@ class Curvature(Operator):
             raise BadInput(f"curvature {kind!r} is none of 'hessian', 'ggn', 'fisher'")
         self.stage, self.kind, self.seed = stage, kind, seed
         self.indices = list(range(stage.size) if indices is None else indices)
-        self.batches = list(stage.batches(self.indices))
-        self.scale = 1 / len(self.indices)
+        self.rows: float = len(self.indices)
+        batches = list(stage.batches(self.indices))
+        self.batches, self._turns = list(processes.share(batches)), -(-len(batches) // processes.count())
 
     def parts(self) -> list[Operator]:
-        """Return an operator for every batch; their mean is this one."""
+        """Return an operator for every batch (of each process, in a group); their mean is this one."""
         parts: list[Operator] = []
-        for batch in self.batches:
+        for turn in range(self._turns):
             part = copy.copy(self)
-            part.batches, part.products, part.scale = [batch], 0, self.scale * len(self.batches)
+            part.batches, part.products, part.rows = self.batches[turn : turn + 1], 0, self.rows / self._turns
             parts.append(part)
         return parts
 
@@ -155,7 +158,7 @@ class Curvature(Operator):
                     parts = gauss_newton_product(self.stage, batch, vector, names, sampled)
                 for name, part in zip(names, parts):
                     total[name] += part
-        return P.mean_like(total, len(self.indices), self.template)
+        return P.mean_like(processes.total(total), self.rows, self.template)
 
 
 def cross_product(stage: Stage, vector: Parameters, names: Iterable[str], indices: Sequence[int]) -> Parameters:
@@ -167,10 +170,10 @@ def cross_product(stage: Stage, vector: Parameters, names: Iterable[str], indice
     template = P.select(stage.parameters, names)
     total = P.sums_like(template)
     with evaluation(stage.model):
-        for batch in stage.batches(indices):
+        for batch in processes.share(stage.batches(indices)):
             for name, part in zip(names, hessian_product(stage, batch, vector, names)):
                 total[name] += part
-    return P.mean_like(total, len(indices), template)
+    return P.mean_like(processes.total(total), len(indices), template)
 
 
 def curvature_samples(size: int, sample: int | None, seed: int) -> tuple[list[int], list[int]]:

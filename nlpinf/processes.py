@@ -1,0 +1,107 @@
+"""The processes of a launcher (torchrun, `accelerate launch`, srun through them) as one: each does its share, sums are of all.
+
+With one process everything here does nothing. With several, each holds the whole model and every R-th batch of a
+curvature sample; a product costs one all-reduce. All processes make the same calls in the same order, so that what is
+replicated (vectors, dot products, decisions) stays equal on all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import islice
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nlpinf.parameters import Parameters
+
+T = TypeVar("T")
+
+_BUCKET = 2**24  # scalars in one all-reduce: few calls, and no second copy of a large model
+_PATIENCE = timedelta(minutes=30)  # for a process that lives but does not answer; one that died is noticed at once
+
+
+def count() -> int:
+    """Return the number of processes in the group, 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's number in the group, from 0."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def main() -> bool:
+    """Return whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+def launched() -> int:
+    """Return how many processes the launcher started, 1 without one."""
+    value = os.environ.get("WORLD_SIZE", "1")
+    return int(value) if value.isdecimal() else 1
+
+
+@contextmanager
+def group(device: str | None = None) -> Iterator[None]:
+    """Join the launcher's processes while the block runs; nothing happens without a launcher, or within a group.
+
+    `device` "cpu" or "cuda" (default: "cuda" where there is one). A process that ends with an error ends its
+    connections, at which the others' next sum raises.
+    """
+    if launched() == 1 or count() > 1:
+        yield
+        return
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU") != "true" else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def share(items: Iterable[T]) -> Iterator[T]:
+    """Yield this process's share of `items`, every R-th one: all of them without a group, none if there are too few."""
+    return islice(items, rank(), None, count())
+
+
+def total(sums: Parameters) -> Parameters:
+    """Return the sums over all processes of tensors by name; in place. Equal on all of them, to the last bit."""
+    if count() > 1:
+        bucket: list[Tensor] = []
+        for tensor in sums.values():
+            bucket.append(tensor)
+            if sum(t.numel() for t in bucket) >= _BUCKET:
+                _reduce(bucket)
+                bucket = []
+        _reduce(bucket)
+    return sums
+
+
+def total_of(value: float) -> float:
+    """Return the sum of a number over all processes."""
+    if count() == 1:
+        return value
+    tensor = torch.tensor([value], dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        tensor = tensor.cuda()
+    dist.all_reduce(tensor)
+    return float(tensor)
+
+
+def _reduce(bucket: list[Tensor]) -> None:
+    if not bucket:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+    dist.all_reduce(flat)
+    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
+        tensor.copy_(part.view_as(tensor))
