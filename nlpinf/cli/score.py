@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
@@ -12,7 +13,10 @@ from nlpinf.cli import console
 from nlpinf.data.sources import find
 from nlpinf.errors import BadInput
 from nlpinf.scoring import Shard
-from nlpinf.scoring.feed import StreamFeed
+from nlpinf.scoring.feed import StreamFeed, deduped, feed_of
+from nlpinf.scoring.screen import recall
+from nlpinf.scoring.screen import screen as screen_corpus
+from nlpinf.scoring.select import Amount
 
 
 def add(app: typer.Typer) -> None:
@@ -32,6 +36,10 @@ def score(
     text_column: str = typer.Option("text", help="The column or key of the texts."),
     split: str | None = typer.Option(None, help="The split of a data set."),
     dedupe: bool = typer.Option(False, "--dedupe", help="Score equal texts once, with the first one's row number."),
+    screen: str | None = typer.Option(
+        None,
+        help="A share such as 10%: score a sample and the most promising rows, guess the others, and say how many of the true top were found.",
+    ),
     shard: str | None = typer.Option(
         None,
         help="INDEX/COUNT from 0, such as 3/64: do this share of the parts alone, for machines without a common disk.",
@@ -53,23 +61,48 @@ def score(
     if mode not in ("auto", "forward", "reverse"):
         raise BadInput(f"--mode {mode} is none of auto, forward, reverse")
     share = None if shard is None else Shard.parse(shard)
+    exact = None if screen is None else Amount.parse(screen).share
+    if screen is not None and (exact is None or share is not None or token_scores):
+        raise BadInput("--screen takes a share such as 10%, and neither --shard nor --token-scores")
     source = None if corpus is None else find(corpus, text_column, split)
     vectors = querystore.load(query, run=pretrain)
+    feed = None if source is None else StreamFeed.of(source, empty)  # type: ignore[arg-type]
     with console.bars() as bars:
-        scores = score_corpus(
-            vectors,
-            None if source is None else StreamFeed.of(source, empty),  # type: ignore[arg-type]
-            out,
-            token_scores=token_scores,
-            text=text,
-            mode=mode,  # type: ignore[arg-type]
-            dedupe=dedupe,
-            shard=share,
-            part_rows=part_rows,
-            progress=console.paced(bars, "score"),
-        )
+        progress = console.paced(bars, "score")
+        if exact is not None:
+            data = feed_of(vectors.stage.data if feed is None else feed)
+            data = deduped(data) if dedupe else data
+            scores = screen_corpus(
+                vectors,
+                data,
+                out,
+                exact=exact,
+                mode=mode,  # type: ignore[arg-type]
+                text=text,
+                part_rows=part_rows,
+                progress=progress,
+            )
+        else:
+            scores = score_corpus(
+                vectors,
+                feed,
+                out,
+                token_scores=token_scores,
+                text=text,
+                mode=mode,  # type: ignore[arg-type]
+                dedupe=dedupe,
+                shard=share,
+                part_rows=part_rows,
+                progress=progress,
+            )
+    found = recall(out) or []
     if json_:
-        console.print_json(scores.manifest)
+        console.print_json({**scores.manifest, **({"recall": [asdict(end) for end in found]} if found else {})})
         return
     lacking = f"; {len(scores.missing):,} parts are missing still" if scores.missing else ""
     console.say(f"{len(scores):,} sentences, {len(scores.queries)} queries: {out}{lacking}")
+    for end in found:
+        console.say(
+            f"{end.query}: of the {end.share:.0%} most {end.end} rows {end.recall:.0%} were scored exactly "
+            f"({end.low:.0%} to {end.high:.0%}; {end.found} of {end.seen} held-out rows)"
+        )

@@ -7,6 +7,7 @@ the row alone (its text, and its number where masks are drawn), so batches, part
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from nlpinf.data.corpus import Corpus
 from nlpinf.data.sources import EmptyPolicy
 from nlpinf.errors import BadInput
 from nlpinf.influence import QueryVectors
+from nlpinf.parameters import Parameters
 from nlpinf.scoring.feed import Feed, Part, deduped, feed_of
 from nlpinf.scoring.manifest import scores_manifest
 from nlpinf.scoring.rows import Mode, RowScorer, Tick
 from nlpinf.scoring.shards import Make, Progress, Shard, Worker
 from nlpinf.scoring.store import Scores, Store, write_repeats
 from nlpinf.scoring.tables import finite, table
+from nlpinf.stages import Stage
 from nlpinf.tasks import MaskedLM
 
 PART_ROWS = 8192  # a minute or two of work on a laptop: what a killed run loses at most
@@ -104,22 +107,58 @@ def _selecting(table: pa.Table) -> Callable[[list[str] | None], pa.Table]:
     return lambda columns: table if columns is None else table.select(columns)
 
 
+class _Few(Sequence[Any]):
+    """As many examples as a corpus has, the first few of them over and over: scores need m, and some to try layers on."""
+
+    def __init__(self, examples: list[Any], size: int) -> None:
+        self._examples, self._size = examples, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._examples[i % len(self._examples)]
+
+
 class Scorer:
     """The scores as a function on columns, for `datasets.Dataset.map(scorer, batched=True)` and the like.
 
     Takes {"text": [...]} (and "label" where the task wants it) and returns {"score": [...]}, a number a row, or a list
     with one for each query. Masked language models also need row numbers: a column "row", or `with_indices=True`.
+    `text_column` names another column of texts.
+
+    It pickles to the model, the vectors and its settings, without the corpus or anything that using it left behind: so
+    `map` with `num_proc` sends it to other processes, and finds its cached result again.
     """
 
-    def __init__(self, vectors: QueryVectors, *, mode: Mode = "auto") -> None:
-        self._scorer = RowScorer(vectors, mode)
+    def __init__(self, vectors: QueryVectors, *, mode: Mode = "auto", text_column: str = "text") -> None:
+        stage = vectors.stage
+        record = {"items": stage.items} if stage.reduction == "token" else {}
+        lean = replace(stage, data=_Few([stage.data[i] for i in range(min(32, stage.size))], stage.size), record=record)
+        self._make(lean, vectors.vectors, mode, text_column)
+
+    def _make(self, stage: Stage, vectors: tuple[Parameters, ...], mode: Mode, text_column: str) -> None:
+        self._given = {"stage": stage, "vectors": vectors, "mode": mode, "text_column": text_column}
+        self._text_column = text_column
+        if hasattr(stage.task, "tokenizer"):  # whose first use leaves its settings in it, and so in the pickle
+            stage.task.encode([{"text": "a", "label": 0}])
+        lean = QueryVectors(replace(stage), (), vectors, (), (), {})
+        self._scorer = RowScorer(lean, mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._given
+
+    def __setstate__(self, given: dict[str, Any]) -> None:
+        self._make(**given)
 
     def __call__(
         self, columns: Mapping[str, Sequence[Any]], indices: Sequence[int] | None = None
     ) -> dict[str, list[Any]]:
-        if "text" not in columns:
-            raise BadInput("the columns have no 'text'; rename the column that holds the sentences")
-        examples: list[Any] = list(columns["text"])
+        if self._text_column not in columns:
+            raise BadInput(
+                f"the columns have no {self._text_column!r}; there are {', '.join(columns)}; name the sentences' one (text_column)"
+            )
+        examples: list[Any] = list(columns[self._text_column])
         if "label" in columns:
             examples = [{"text": text, "label": label} for text, label in zip(examples, columns["label"])]
         rows = columns.get("row", indices)

@@ -171,6 +171,10 @@ class Scores:
         for part in self._parts:
             yield part(columns)
 
+    def part(self, number: int, columns: list[str] | None = None) -> pa.Table:
+        """Return the part at place `number` of those that are there."""
+        return self._parts[number](columns)
+
     @cached_property
     def columns(self) -> list[str]:
         """The names of the stored columns."""
@@ -194,16 +198,23 @@ class Scores:
     def top(self, k: int = 20, query: int | str = 0, helpful: bool = False) -> list[ScoredRow]:
         """Return the `k` rows with the largest scores (most harmful first), or with the smallest (most helpful first).
 
-        Rows of equal score come in the order of their numbers. One pass; holds one part and k rows.
+        Rows of equal score come in the order of their numbers. Rows that screening only guessed are left out. One pass;
+        holds one part and k rows.
         """
         if k < 1:
             raise BadInput(f"top {k} rows were asked for; give a number of at least 1")
         index, sign = self._query(query), (1 if helpful else -1)
         best = np.empty((0, 4))  # key, row, part, position: float64 holds integers to 2^53
-        for number, table in enumerate(self.tables(["row", "score"])):
+        screened = "exact" in self.columns
+        for number, table in enumerate(self.tables(["row", "score", *(["exact"] if screened else [])])):
+            if screened:
+                kept = np.flatnonzero(table["exact"].to_numpy())
+                table = table.take(pa.array(kept))
+            else:
+                kept = np.arange(len(table))
             key = sign * self.scores_of(table, index).astype(np.float64)
             near = np.flatnonzero(key <= np.partition(key, k - 1)[k - 1]) if len(key) > k else np.arange(len(key))
-            found = np.stack([key[near], table["row"].to_numpy()[near], np.full(len(near), number), near], 1)
+            found = np.stack([key[near], table["row"].to_numpy()[near], np.full(len(near), number), kept[near]], 1)
             best = np.concatenate([best, found])
             best = best[np.lexsort((best[:, 1], best[:, 0]))[:k]]
         result: dict[tuple[int, int], ScoredRow] = {}
