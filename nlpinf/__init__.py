@@ -1,5 +1,7 @@
 """nlpinf: which sentences of a pretraining corpus help or harm a finetuned model."""
 
+from typing import Any
+
 from nlpinf.data.corpus import Corpus, read_labelled
 from nlpinf.influence import ImplicitSolve, QueryVectors, Relative, query_vectors
 from nlpinf.queries import Query
@@ -26,7 +28,16 @@ __all__ = [
     "Scores",
     "SequenceClassification",
     "Stage",
+    "StageRecorder",
     "query_vectors",
     "read_labelled",
     "score",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "StageRecorder":
+        raise AttributeError(f"module 'nlpinf' has no attribute {name!r}")
+    from nlpinf.integrations.trainer import StageRecorder  # the Trainer's modules take a second to import
+
+    return StageRecorder

@@ -10,7 +10,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from nlpinf.adapters.huggingface import file_sha256, one_line, read_json, stage_from_run, versions, write_json
+from nlpinf.adapters.folders import file_sha256, one_line, read_json, versions, write_json
+from nlpinf.adapters.runs import stage_from_run, told_record
 from nlpinf.errors import BadInput
 from nlpinf.influence import QueryVectors
 from nlpinf.queries import Query
@@ -37,11 +38,12 @@ def claim(folder: str | Path) -> Path:
     return folder
 
 
-def save(vectors: QueryVectors, folder: str | Path, chain: Chain) -> Path:
+def save(vectors: QueryVectors, folder: str | Path, chain: Chain, found: Mapping[str, Any] | None = None) -> Path:
     """Write a query folder; every stage of `chain` must have been opened from a run folder. Returns its path.
 
     The manifest is written last, so that a folder without one is a run that was interrupted. It names the runs by their
-    place relative to the folder, so that both may be moved together.
+    place relative to the folder, so that both may be moved together; of runs that have no record of their own it holds
+    what was told and assumed. `found` is what opening the chain found out.
     """
     folder = claim(folder)
     runs = []
@@ -56,6 +58,7 @@ def save(vectors: QueryVectors, folder: str | Path, chain: Chain) -> Path:
                 "run": Path(os.path.relpath(stage.record["run"], folder)).as_posix(),
                 "weights": stage.record["weights"],
                 "data": stage.record["data"],
+                **({} if (told := told_record(stage)) is None else {"record": told}),
             }
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +88,7 @@ def save(vectors: QueryVectors, folder: str | Path, chain: Chain) -> Path:
         "queries": queries,
         "chain": runs,
         "settings": vectors.settings,
+        **({"found": dict(found)} if found else {}),
         "versions": versions(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -103,7 +107,9 @@ def manifest(folder: str | Path) -> dict[str, Any]:
     return content
 
 
-def load(folder: str | Path, *, run: str | Path | None = None, data: Any = None) -> QueryVectors:
+def load(
+    folder: str | Path, *, run: str | Path | None = None, data: Any = None, trust_remote_code: bool = False
+) -> QueryVectors:
     """Open a query folder and the pretraining run that it belongs to (`run`, where that was moved).
 
     Raises `BadInput` if a vector file or the run's weights are not those that the manifest names.
@@ -114,7 +120,7 @@ def load(folder: str | Path, *, run: str | Path | None = None, data: Any = None)
     where = Path(run) if run is not None else Path(os.path.normpath(folder / first["run"]))
     if not where.is_dir():
         raise BadInput(f"{where}: the pretraining run of {folder} is not there; say where it is (--pretrain)")
-    stage = stage_from_run(where, data=data)
+    stage = stage_from_run(where, data=data, record=first.get("record"), trust_remote_code=trust_remote_code)
     if stage.record["weights"] != first["weights"]:
         raise BadInput(
             f"{where}: its weights are not those that {folder} was made with (sha256 differs); make the query again"

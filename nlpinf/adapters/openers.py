@@ -59,8 +59,11 @@ class Opener(ABC):
         """Return the task of these settings, its name left out."""
 
     @abstractmethod
-    def open(self, folder: Path) -> tuple[nn.Module, Any]:
-        """Return the model and the words of a run folder; raise `BadInput` if they do not fit each other."""
+    def open(self, folder: Path, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+        """Return the model and the words of a run folder; raise `BadInput` if they do not fit each other.
+
+        `trust_remote_code` lets transformers run code that lies in the folder.
+        """
 
     @abstractmethod
     def save_words(self, task: Any, folder: Path) -> None:
@@ -80,10 +83,10 @@ class HuggingFace(Opener):
         with quiet_loading():
             task.tokenizer.save_pretrained(folder)
 
-    def open(self, folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    def open(self, folder: Path, trust_remote_code: bool = False) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         with quiet_loading():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = self._model(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            model = self._model(folder, trust_remote_code)
         embeddings = model.get_input_embeddings()
         if len(tokenizer) > embeddings.weight.shape[0]:
             raise BadInput(
@@ -91,10 +94,12 @@ class HuggingFace(Opener):
             )
         return model, tokenizer
 
-    def _model(self, folder: Path) -> Any:
+    def _model(self, folder: Path, trust_remote_code: bool) -> Any:
         if (folder / HEAD).exists():
             return TextClassifier.from_pretrained(folder)
-        model, loading = AUTO_MODELS[self.name].from_pretrained(folder, output_loading_info=True)
+        model, loading = AUTO_MODELS[self.name].from_pretrained(
+            folder, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
         if absent := sorted(loading["missing_keys"]):  # transformers would go on with random numbers in their place
             raise BadInput(
                 f"{folder}: its weights have no {absent[0]!r}, which a {self.name} model has; save the whole model"
@@ -111,7 +116,7 @@ class Elmo(Opener):
     def save_words(self, task: Any, folder: Path) -> None:
         task.vocabulary.write(folder / VOCABULARY)
 
-    def open(self, folder: Path) -> tuple[nn.Module, Vocabulary]:
+    def open(self, folder: Path, trust_remote_code: bool = False) -> tuple[nn.Module, Vocabulary]:
         model = ElmoLM.from_pretrained(folder)
         vocabulary = Vocabulary.read(folder / VOCABULARY)
         vocabulary.check_size(model.vocabulary_size, f"the softmax of {folder}")
@@ -127,7 +132,7 @@ class ElmoClassifier(Opener):
     def save_words(self, task: Any, folder: Path) -> None:
         return None
 
-    def open(self, folder: Path) -> tuple[nn.Module, None]:
+    def open(self, folder: Path, trust_remote_code: bool = False) -> tuple[nn.Module, None]:
         kind = ArchiveClassifier if (folder / RECIPE).exists() else TextClassifier
         return kind.from_pretrained(folder), None
 

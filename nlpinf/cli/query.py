@@ -8,11 +8,11 @@ from pathlib import Path
 import typer
 
 from nlpinf import querystore
-from nlpinf.adapters.huggingface import chain_from_runs
+from nlpinf.adapters.chains import open_chain
+from nlpinf.adapters.plain import Told
 from nlpinf.cli import console
 from nlpinf.cli.run import verdict_table
-from nlpinf.data import shipped
-from nlpinf.data.corpus import read_labelled
+from nlpinf.data.labelled import read_rows
 from nlpinf.errors import BadInput
 from nlpinf.experiments.stages import misclassified as wrong_rows
 from nlpinf.influence import Relative, query_vectors
@@ -33,10 +33,15 @@ def add(app: typer.Typer) -> None:
     app.command("query")(query)
 
 
+_UNRECORDED = "Runs without a record"
+
+
 def query(
     pretrain: Path = typer.Option(help="Run folder of the pretraining."),
     finetune: list[Path] = typer.Option(help="Run folder of the finetuning; give it again for each further stage."),
-    test: str = typer.Option(help="Labelled rows (.jsonl or .jsonl.gz); their mean loss is the first query."),
+    test: str = typer.Option(
+        help="Labelled rows (.jsonl, .parquet, datasets folder); their mean loss is the first query."
+    ),
     out: Path = typer.Option(help="Folder for the query vectors."),
     row: list[int] = typer.Option([], help="Add the loss of this row of the test file (from 0); may be repeated."),
     misclassified: int = typer.Option(
@@ -50,24 +55,92 @@ def query(
     sample: int | None = typer.Option(
         None, help="Rows that carry the curvature of each stage (default: at most 1,024, half of the corpus)."
     ),
-    alpha: float | None = typer.Option(None, help="Proximity α of the finetuning, where the run did not record it."),
+    alpha: float | None = typer.Option(
+        None, help="Proximity α of the finetuning, where the run did not record it (default: fitted from the two runs)."
+    ),
     tolerance: float = typer.Option(1e-3, help="Relative residual of the solves."),
     max_iterations: int = typer.Option(1000, help="Curvature products of a solve at most."),
     seed: int = typer.Option(0, help="Seed of the curvature sample."),
     allow_unconverged: bool = typer.Option(False, help="Keep solves that did not converge; every result says so."),
+    corpus: str | None = typer.Option(None, help="Where the pretraining's texts lie.", rich_help_panel=_UNRECORDED),
+    text_column: str | None = typer.Option(None, help="Their column (default: text).", rich_help_panel=_UNRECORDED),
+    split: str | None = typer.Option(None, help="Their split, of a datasets folder.", rich_help_panel=_UNRECORDED),
+    task: str | None = typer.Option(
+        None, help="The pretraining's task: masked_lm or causal_lm.", rich_help_panel=_UNRECORDED
+    ),
+    weight_decay: float | None = typer.Option(
+        None, help="The pretraining's weight decay, of all but biases and norms.", rich_help_panel=_UNRECORDED
+    ),
+    reduction: str | None = typer.Option(
+        None, help="Its loss: mean over 'token' or 'example'.", rich_help_panel=_UNRECORDED
+    ),
+    max_length: int | None = typer.Option(None, help="Tokens of a row at most.", rich_help_panel=_UNRECORDED),
+    mask_probability: float | None = typer.Option(
+        None, help="Share of the tokens that were masked.", rich_help_panel=_UNRECORDED
+    ),
+    packed: bool | None = typer.Option(
+        None, "--packed/--no-packed", help="Whether texts were joined and cut to rows.", rich_help_panel=_UNRECORDED
+    ),
+    train: list[str] = typer.Option(
+        [], help="Where the finetuning's labelled rows lie, one for each --finetune.", rich_help_panel=_UNRECORDED
+    ),
+    train_text_column: str | None = typer.Option(
+        None, help="Column of the labelled texts, training and test.", rich_help_panel=_UNRECORDED
+    ),
+    label_column: str | None = typer.Option(None, help="Column of the labels.", rich_help_panel=_UNRECORDED),
+    train_weight_decay: float | None = typer.Option(
+        None, help="The finetuning's weight decay.", rich_help_panel=_UNRECORDED
+    ),
+    train_max_length: int | None = typer.Option(
+        None, help="Tokens of a labelled text at most.", rich_help_panel=_UNRECORDED
+    ),
+    read_training_args: bool = typer.Option(
+        False, help="Read settings off training_args.bin, a pickle, without running it.", rich_help_panel=_UNRECORDED
+    ),
+    trust_remote_code: bool = typer.Option(False, help="Run code that lies in the model's folder."),
     json_: bool = typer.Option(False, "--json", help="Print the manifest as JSON."),
 ) -> None:
     """Compute query vectors: the mean loss of a test file, and losses of single rows.
+
+    A run is what nlpinf or nlpinf.StageRecorder recorded, or a plain output folder of a Hugging Face Trainer; what such a
+    folder does not store is told by options, or assumed and listed.
 
     Example: nlpinf query --pretrain demo/pretrain --finetune demo/finetune --test demo/data/test.jsonl --out query
     """
     for option, value in (("--damping", damping), ("--relative-damping", relative_damping)):
         if value is not None and not 0 <= value < float("inf"):
             raise BadInput(f"{option} is {value}; the damping must be a number of at least 0")
+    if len(train) not in (0, len(finetune)):
+        raise BadInput(f"--train was given {len(train)} times for {len(finetune)} finetuning runs; give it for each")
     querystore.claim(out)
-    chain = chain_from_runs([pretrain, *finetune], alpha=alpha)
+    told = [
+        Told(
+            corpus, text_column, None, split, task, weight_decay, reduction, max_length, packed, mask_probability,
+            read_training_args,
+        )
+    ]  # fmt: skip
+    places: list[str | None] = [*train] if train else [None] * len(finetune)
+    for where in places:
+        told.append(
+            Told(
+                where,
+                train_text_column,
+                label_column,
+                weight_decay=train_weight_decay,
+                max_length=train_max_length,
+                read_arguments=read_training_args,
+            )
+        )
+    opened = open_chain([pretrain, *finetune], alpha=alpha, told=told, trust_remote_code=trust_remote_code)
+    chain = opened.chain
     last = chain.stages[-1]
-    rows = read_labelled(shipped.resolve(test), getattr(last.task, "labels", None))
+    rows = read_rows(
+        test,
+        getattr(last.task, "labels", None),
+        last.record.get("label_names"),
+        text_column=train_text_column,
+        label_column=label_column,
+    )
     queries = [Query.mean_loss(rows, "mean test loss")]
     chosen = list(row)
     if misclassified:
@@ -92,9 +165,11 @@ def query(
             allow_unconverged=allow_unconverged,
             progress=lambda stage, k, residual: bars(f"solve {stage}", k, max_iterations, f"residual {residual:.1e}"),
         )
-    querystore.save(vectors, out, chain)
+    querystore.save(vectors, out, chain, opened.facts)
     manifest = querystore.manifest(out)
     if json_:
         console.print_json(manifest)
     else:
+        for line in opened.lines:
+            console.out.print(line, highlight=False, markup=False, soft_wrap=True)
         console.out.print(verdict_table(manifest["queries"]))

@@ -178,15 +178,24 @@ class CausalLM(_LanguageModel):
     """Next-word prediction: every token but the first of a sentence is counted.
 
     `boundaries` adds the tokenizer's begin and end tokens to every sentence, so that the first word counts as well.
+    `uncounted` are ids that are never predicted: a collator that takes every pad token for padding leaves out the ends of
+    sentences too, where pad and end are one token.
     """
 
     name = "causal_lm"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 128, *, boundaries: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int = 128,
+        *,
+        boundaries: bool = False,
+        uncounted: Sequence[int] = (),
+    ) -> None:
         super().__init__(tokenizer, max_length)
         if boundaries and (tokenizer.bos_token_id is None or tokenizer.eos_token_id is None):
             raise BadInput("boundaries need a tokenizer with bos_token and eos_token; set both or leave boundaries off")
-        self.boundaries = boundaries
+        self.boundaries, self.uncounted = boundaries, tuple(int(i) for i in uncounted)
 
     def encode(self, examples: Sequence[Any]) -> list[list[int]]:
         encoded = super().encode(examples)
@@ -199,7 +208,9 @@ class CausalLM(_LanguageModel):
         ids, attention = self._padded(encoded)
         indices = torch.arange(len(encoded))
         counted = torch.zeros_like(attention, dtype=torch.bool)
-        counted[:, :-1] = attention[:, 1:].bool()
+        counted[:, :-1] = attention[:, 1:].bool() & ~torch.isin(
+            ids[:, 1:], torch.tensor(self.uncounted, dtype=ids.dtype)
+        )
         flat = counted.flatten().nonzero()[:, 0]
         targets = ids.flatten()[flat + 1]
         inputs = {"input_ids": ids, "attention_mask": attention}
@@ -207,10 +218,11 @@ class CausalLM(_LanguageModel):
         return Batch(inputs, rows_tensor, targets, flat // ids.shape[1], indices, flat)
 
     def counted(self, encoded: Sequence[list[int]]) -> int:
-        return sum(max(0, len(ids) - 1) for ids in encoded)
+        return sum(sum(i not in self.uncounted for i in ids[1:]) for ids in encoded)
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "boundaries": self.boundaries}
+        uncounted = {"uncounted": list(self.uncounted)} if self.uncounted else {}
+        return {**super().settings(), "boundaries": self.boundaries, **uncounted}
 
 
 @dataclass(frozen=True)

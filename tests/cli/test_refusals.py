@@ -125,23 +125,6 @@ def other_shape(runs: Path) -> list[str]:
     return ["finetune", "intermediate.dense.weight", "(32, 16)", "(16, 16)"]
 
 
-def other_names(runs: Path) -> list[str]:
-    def rename(weights: dict[str, torch.Tensor]) -> None:
-        for name in [n for n in weights if n.startswith("bert.")]:
-            weights["encoder." + name.removeprefix("bert.")] = weights.pop(name)
-
-    damaged(runs / "finetune", rename)
-    edited(runs / "finetune/nlpinf_head.json", lambda h: h.update(prefix="encoder"))
-
-    def record(content: dict[str, Any]) -> None:
-        content.pop("parent")
-        content["trained"] = [n.replace("bert.", "encoder.") for n in content["trained"]]
-        content["weight_decay"] = {n.replace("bert.", "encoder."): d for n, d in content["weight_decay"].items()}
-
-    edited(runs / "finetune/nlpinf_stage.json", record)
-    return ["finetune", "share no parameter name", "encoder.embeddings"]
-
-
 def other_tokenizer(runs: Path) -> list[str]:
     def swap(content: dict[str, Any]) -> None:
         words = content["model"]["vocab"]
@@ -215,7 +198,7 @@ def more_words_than_rows(runs: Path) -> list[str]:
 
 def no_record(runs: Path) -> list[str]:
     (runs / "pretrain/nlpinf_stage.json").unlink()
-    return ["pretrain/nlpinf_stage.json", "no such file"]
+    return ["pretrain", "no data location", "--corpus"]
 
 
 def broken_record(runs: Path) -> list[str]:
@@ -241,7 +224,7 @@ def recorded_alpha_of_zero(runs: Path) -> list[str]:
 
 def no_transfer(runs: Path) -> list[str]:
     edited(runs / "finetune/nlpinf_stage.json", lambda r: r.pop("transfer"))
-    return ["finetune/nlpinf_stage.json", "transfer", "--alpha"]
+    return ["finetune", "fitted proximity", "--alpha"]
 
 
 def changed_training_rows(runs: Path) -> list[str]:
@@ -253,7 +236,7 @@ def changed_training_rows(runs: Path) -> list[str]:
 @pytest.mark.parametrize(
     "damage",
     [
-        other_shape, other_names, other_tokenizer, other_weights, nan, truncated, cut_in_the_header, changed_weights,
+        other_shape, other_tokenizer, other_weights, nan, truncated, cut_in_the_header, changed_weights,
         no_weights, absent_parameter, absent_parameter_of_a_head, shapes_of_another_config, more_words_than_rows,
         no_record, broken_record, record_without_reduction, record_with_an_unknown_task, recorded_alpha_of_zero,
         no_transfer, changed_training_rows,
@@ -272,6 +255,31 @@ def test_the_same_runs_undamaged_are_taken(root: Path, tmp_path: Path) -> None:
     runs = copied(root / "run", tmp_path / "runs", "pretrain", "finetune", "data")
     assert nlpinf(*query_of(runs, tmp_path / "query")).status == 0
     assert (tmp_path / "query/manifest.json").exists()
+
+
+def test_an_encoder_under_another_prefix_is_taken(root: Path, tmp_path: Path) -> None:
+    runs = copied(root / "run", tmp_path / "runs", "pretrain", "finetune", "data")
+    assert nlpinf(*query_of(runs, tmp_path / "before")).status == 0
+
+    def rename(weights: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in weights if n.startswith("bert.")]:
+            weights["encoder." + name.removeprefix("bert.")] = weights.pop(name)
+
+    damaged(runs / "finetune", rename)
+    edited(runs / "finetune/nlpinf_head.json", lambda h: h.update(prefix="encoder"))
+
+    def record(content: dict[str, Any]) -> None:
+        content.pop("parent")
+        content["trained"] = [n.replace("bert.", "encoder.") for n in content["trained"]]
+        content["weight_decay"] = {n.replace("bert.", "encoder."): d for n, d in content["weight_decay"].items()}
+
+    edited(runs / "finetune/nlpinf_stage.json", record)
+    ended = nlpinf(*query_of(runs, tmp_path / "after"))
+    assert ended.status == 0 and "encoder for bert" in ended.out, ended
+    one, other = (load_file(tmp_path / name / "vectors-00000.safetensors") for name in ("before", "after"))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 # --- settings ---

@@ -1,0 +1,1 @@
+"""Other programs' training loops and data, joined to nlpinf."""
