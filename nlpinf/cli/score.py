@@ -35,6 +35,11 @@ def score(
     empty: str = typer.Option("error", help="Empty lines: 'error' or 'skip'."),
     text_column: str = typer.Option("text", help="The column or key of the texts."),
     split: str | None = typer.Option(None, help="The split of a data set."),
+    streaming: bool = typer.Option(
+        False,
+        "--streaming",
+        help="Fetch a data set of the hub while it is read: twice, once to count and once to score.",
+    ),
     dedupe: bool = typer.Option(False, "--dedupe", help="Score equal texts once, with the first one's row number."),
     screen: str | None = typer.Option(
         None,
@@ -64,7 +69,7 @@ def score(
     exact = None if screen is None else Amount.parse(screen).share
     if screen is not None and (exact is None or share is not None or token_scores):
         raise BadInput("--screen takes a share such as 10%, and neither --shard nor --token-scores")
-    source = None if corpus is None else find(corpus, text_column, split)
+    source = None if corpus is None else find(corpus, text_column, split, streaming)
     vectors = querystore.load(query, run=pretrain)
     feed = None if source is None else StreamFeed.of(source, empty)  # type: ignore[arg-type]
     with console.bars() as bars:

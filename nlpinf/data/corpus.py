@@ -63,7 +63,7 @@ class Corpus(Sequence[str]):
 
         `nlpinf.data.sources` tells the formats and what a row's number is. A text of white space alone is empty: an
         error, or left out with `empty="skip"` and counted in `skipped`, the other rows keeping their numbers. Raises
-        `BadInput` with the file and line or row. `CorpusStream` reads without keeping the texts in memory.
+        `BadInput` with the file and line or row. `nlpinf.score` reads a path in a stream, without holding the texts.
         """
         source = find(where, text_column, split)
         rows, parts, skipped = [], [pa.array([], pa.large_string())], 0
