@@ -1,0 +1,47 @@
+"""Several processes give what one gives: products, gradients, query vectors; and none waits for one that died."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nlpinf import parameters as P
+from tests.processes.chain import chain
+from tests.processes.worker import SOLVED, results
+
+ROOT = Path(__file__).parents[2]
+
+
+def launched(processes: int, dtype: str, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """Run the worker under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-m", "tests.processes.worker", dtype, str(out), *more]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
+
+
+@pytest.mark.parametrize(("processes", "dtype", "tolerance"), [(2, "float32", 1e-6), (3, "float64", 1e-12)])
+def test_a_group_gives_what_one_process_gives(processes: int, dtype: str, tolerance: float, tmp_path: Path) -> None:
+    """Five batches for two or three processes, and one batch for all of them: uneven shares, and processes without work."""
+    ended = launched(processes, dtype, tmp_path / "found")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    alone = results(chain(getattr(torch, dtype)))
+    ranks = [torch.load(tmp_path / f"found.{rank}", weights_only=True) for rank in range(processes)]
+    for name, expected in alone.items():
+        found = ranks[0][name]
+        error = P.norm(P.axpy(-1.0, found, expected)) / P.norm(expected)
+        assert error <= (10 * SOLVED[dtype] if name.startswith("v") else tolerance), name
+        for other in ranks[1:]:  # replicated decisions rest on this
+            assert all(torch.equal(found[n], other[name][n]) for n in found), name
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
+    start = time.monotonic()
+    ended = launched(2, "float64", tmp_path / "found", "dies")
+    assert ended.returncode != 0 and "exitcode  : 13" in ended.stderr
+    assert time.monotonic() - start < 60
+    assert not list(tmp_path.iterdir())
