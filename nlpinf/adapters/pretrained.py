@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -38,16 +39,14 @@ def open_pretrained(task: str, folder: Path, seed: int) -> nn.Module:
             for name in config.to_dict():
                 if name.endswith(("dropout", "dropout_prob", "pdrop")) and name != "classifier_dropout":
                     setattr(config, name, 0.0)
-            model, loading = AUTO_MODELS[task].from_pretrained(
-                folder, config=config, dtype=torch.float32, output_loading_info=True
-            )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            model, loading = AUTO_MODELS[task].from_pretrained(folder, config=config, output_loading_info=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: cannot be opened as a {task} model: {one_line(error)}") from error
     head = set(head_names(model))
     encoder = {name for name, _ in model.named_parameters()} - head
     if absent := sorted(encoder & set(loading["missing_keys"])):
         raise BadInput(f"{folder}: its weights have no {absent[0]!r}, which the encoder has; give a whole model")
-    return model
+    return model.float()
 
 
 def head_names(model: Any) -> list[str]:
