@@ -8,8 +8,8 @@ For a parameter seen as k matrices (r, c), with G_b the gradients of single exam
 
 so that Λ is the exact diagonal, in that basis, of the examples' second moment. The two sides are those of the gradients
 themselves, which K-FAC builds from inputs and output gradients apart; where these are independent they have the same
-eigenvectors. A side of more than `largest` entries, the words of an embedding or an output layer, and vectors (biases,
-normalisations) keep the basis that they have: diagonal there. Sources: George et al., NeurIPS 2018; Grosse et al., 2023;
+eigenvectors. A vector (a bias, a normalisation) has c = 1, so that its factor is its whole second moment. A side of more than
+`largest` entries, and the words of an embedding or of a language model's output layer, keep their basis: diagonal there. Sources: George et al., NeurIPS 2018; Grosse et al., 2023;
 Morwani et al., 2024, for factors of whole gradients.
 """
 
@@ -90,8 +90,7 @@ class EKFAC(Operator):
         dtype = torch.promote_types(stage.dtype, torch.float32)
         sides: dict[str, list[Tensor | None]] = {}
         for name, (k, r, c, lone) in shapes.items():
-            wide = [None if lone else r if r <= largest else None, c if c <= largest else None]
-            wide = [None, None] if stage.theta[name].dim() < 2 or not largest else wide
+            wide = _dense_sides(r, c, lone, largest)
             sides[name] = [None if n is None else torch.zeros(k, n, n, dtype=dtype, device=stage.device) for n in wide]
         if any(side is not None for pair in sides.values() for side in pair):
             step = max(1, len(indices) // basis_rows)
@@ -183,17 +182,18 @@ def planned_bytes(stage: Stage, largest: int = 2048) -> int:
     total = 0
     for name, tensor in stage.theta.items():
         k, r, c, lone = _shape(stage, name)
-        total += tensor.numel()
-        if tensor.dim() > 1:
-            total += k * ((r * r if r <= largest and not lone else 0) + (c * c if c <= largest else 0))
+        total += tensor.numel() + k * sum(n * n for n in _dense_sides(r, c, lone, largest) if n is not None)
     return total * max(4, torch.finfo(stage.dtype).bits // 8)
+
+
+def _dense_sides(r: int, c: int, lone: bool, largest: int) -> list[int | None]:
+    """Return the sizes of the sides whose eigenvectors are taken, None where the basis stays."""
+    return [None if lone or r > largest else r, None if c > largest or c == 1 else c]
 
 
 def _shape(stage: Stage, name: str) -> tuple[int, int, int, bool]:
     """Return a parameter's (k, r, c), and whether its rows are words (an embedding's or output layer's)."""
     tensor = stage.parameters[name]
-    if tensor.dim() < 2:
-        return 1, tensor.numel(), 1, True
     head = stage.task.item_module(stage.model)
     first = {id(p): n for n, p in stage.model.named_parameters()}
     lone = False
@@ -203,7 +203,7 @@ def _shape(stage: Stage, name: str) -> tuple[int, int, int, bool]:
         lone |= module is head or isinstance(module, nn.Embedding)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             return 1, len(tensor), tensor[0].numel(), lone
-    *blocks, r, c = tensor.shape
+    *blocks, r, c = tensor.shape if tensor.dim() > 1 else (tensor.numel(), 1)
     return int(torch.Size(blocks).numel()), r, c, lone
 
 
@@ -226,9 +226,11 @@ def _add_grams(uses: list[Use], shape: tuple[int, int, int], sides: list[Tensor 
         g = sum(u.values.view(-1, *shape) for u in uses if isinstance(u, Whole))
         assert isinstance(g, Tensor)
         if left is not None:
-            left += (g @ g.mT).sum(0)
+            columns = g.permute(1, 2, 0, 3).flatten(2)
+            left += columns @ columns.mT
         if right is not None:
-            right += (g.mT @ g).sum(0)
+            stacked = g.transpose(0, 1).flatten(1, 2)
+            right += stacked.mT @ stacked
         return
     # From the sides alone, Σ_ts right_t ⟨left_t, left_s⟩ right_sᵀ: no gradient is formed.
     factored = [u for u in uses if not isinstance(u, Whole)]

@@ -1,10 +1,10 @@
 """Gradients of single examples, kept as the products of the two sides that they are made of, for every kind of layer.
 
 What is differentiated is a square root of the Gauss-Newton matrix at the outputs, so that second moments of these
-gradients are curvature: with B = ∂²ℓ/∂o² of an item and w its weight in g(z), the cotangents u satisfy E Σ u uᵀ = w B,
-and G_b, the gradient of example b, has E Σ_b vec(G_b) vec(G_b)ᵀ = Σ w Jᵀ B J. Up to `EXACT` outputs the columns of
-w^½ B^½ are taken one after the other, with a sign of its own for every item (exact for examples of one item); above, one
-target is drawn from the model (the Fisher matrix).
+gradients are curvature: with B = ∂²ℓ/∂o² = S Sᵀ of an item and w its weight in g(z), the cotangents are u = √w S ε with
+random signs ε, so that E u uᵀ = w B, and G_b, the gradient of example b, has E Σ_b vec(G_b) vec(G_b)ᵀ = Σ w Jᵀ B J. Unlike
+a drawn target this gives every class its share, rare words too: u_c² is near w B_cc in every draw. Up to `EXACT` outputs the
+columns of S are taken one after the other, with one sign an item: exact for examples of one item.
 
 A linear map's gradient is Σ_t δ_t a_tᵀ, with a_t what enters and δ_t the gradient at what leaves in place t; calls of the
 same layer, and uses of a tied weight, only add places. A place that does not count has δ = 0. So neither padding nor the
@@ -61,20 +61,21 @@ Uses = dict[str, list[Use]]
 
 
 def square_roots(stage: Stage, batch: Batch, outputs: Tensor, seed: int) -> Iterator[Tensor]:
-    """Yield the cotangents u (I, classes) of the module's docstring; those drawn are a function of (seed, row)."""
-    weights, loss = stage.item_weights(batch).sqrt()[:, None], stage.task.loss
-    classes = outputs.shape[1]
-    if classes > EXACT:
-        width = classes if batch.targets.is_floating_point() else 1
-        yield weights * loss.sampled_gradient(outputs, batch.uniform(seed, width))
+    """Yield the cotangents u (I, classes) of the module's docstring; their signs are a function of (seed, row, item)."""
+    weights, loss, targets = stage.item_weights(batch).sqrt()[:, None], stage.task.loss, batch.targets
+    if outputs.shape[1] > EXACT:
+        yield weights * loss.root_product(outputs, targets, _signs(batch, seed, outputs))
         return
-    units = torch.eye(classes, dtype=outputs.dtype, device=outputs.device)
-    columns = [loss.hessian_product(outputs, batch.targets, unit.expand_as(outputs)) for unit in units]
-    values, vectors = torch.linalg.eigh(torch.stack(columns, -1).double())
-    root = (vectors * values.clamp(min=0).sqrt()[:, None]) @ vectors.mT
-    signs = torch.where(batch.uniform(seed) < 0.5, -1.0, 1.0).to(outputs)
-    for column in root.to(outputs).unbind(-1):
-        yield weights * signs * column
+    signs = _signs(batch, seed, outputs[:, :1])
+    for unit in torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device):
+        yield weights * signs * loss.root_product(outputs, targets, unit.expand_as(outputs))
+
+
+def _signs(batch: Batch, seed: int, like: Tensor) -> Tensor:
+    """Return −1 or 1 in the shape (I, n) of `like`: 48 of them from each number that is drawn."""
+    drawn = (batch.uniform(seed, -(-like.shape[1] // 48)) * 2**48).long()
+    bits = drawn[:, :, None] >> torch.arange(48, device=drawn.device) & 1
+    return (1 - 2 * bits).flatten(1)[:, : like.shape[1]].to(like)
 
 
 class PerExample:

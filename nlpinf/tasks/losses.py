@@ -32,6 +32,13 @@ class OutputLoss(ABC):
     def sampled_gradient(self, outputs: Tensor, uniform: Tensor) -> Tensor:
         """Return ∂ℓ/∂o at targets drawn from the model's own distribution by `uniform` (items, classes or 1) in [0, 1)."""
 
+    def root_product(self, outputs: Tensor, targets: Tensor, x: Tensor) -> Tensor:
+        """Return S x, (items, classes), with S Sᵀ = ∂²ℓ/∂o²; here by eigenvalues of the whole matrix, for few classes."""
+        units = torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)
+        columns = [self.hessian_product(outputs, targets, unit.expand_as(outputs)) for unit in units]
+        values, vectors = torch.linalg.eigh(torch.stack(columns, -1))
+        return (vectors * values.clamp(min=0).sqrt()[:, None] @ vectors.mT @ x[..., None])[..., 0]
+
     def tangents(self, outputs: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
         """Return dℓ/dt = ⟨∂ℓ/∂o, u⟩ of every item, (items,)."""
         return (self.gradient(outputs, targets) * tangent).sum(-1)
@@ -52,6 +59,11 @@ class CrossEntropy(OutputLoss):
     def hessian_product(self, outputs: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
         p = torch.softmax(outputs, -1)
         return p * (tangent - (p * tangent).sum(-1, keepdim=True))
+
+    def root_product(self, outputs: Tensor, targets: Tensor, x: Tensor) -> Tensor:
+        p = torch.softmax(outputs, -1)  # S = diag(√p) − p √pᵀ
+        along = p.sqrt() * x
+        return along - p * along.sum(-1, keepdim=True)
 
     def sampled_gradient(self, outputs: Tensor, uniform: Tensor) -> Tensor:
         cumulative = torch.softmax(outputs.double(), -1).cumsum(-1)
@@ -76,6 +88,9 @@ class SquaredError(OutputLoss):
 
     def hessian_product(self, outputs: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
         return tangent
+
+    def root_product(self, outputs: Tensor, targets: Tensor, x: Tensor) -> Tensor:
+        return x
 
     def sampled_gradient(self, outputs: Tensor, uniform: Tensor) -> Tensor:
         return torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12)).to(outputs)

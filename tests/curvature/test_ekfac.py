@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from nlpinf import parameters as P
 from nlpinf.curvature import Curvature
 from nlpinf.curvature.ekfac import EKFAC, planned_bytes
-from nlpinf.curvature.perexample import PerExample, square_roots
+from nlpinf.curvature.perexample import EXACT, PerExample, square_roots
 from nlpinf.errors import BadInput
 from nlpinf.stages import Stage, evaluation
-from nlpinf.tasks import CausalLM, Classification, Regression
+from nlpinf.tasks import CausalLM, Classification, OutputLoss, Regression
 from tests.cases import FAMILIES, TEXTS, case, randomised, tokenizer
 
 
@@ -110,6 +110,26 @@ def test_on_a_linear_layer_with_independent_examples_the_inverse_is_the_dense_on
     assert torch.allclose(ekfac.inverse(0.1, {"weight": 0.2})(vector)["weight"].flatten(), expected, rtol=1e-10)
     assert torch.allclose((ekfac @ vector)["weight"].flatten(), dense @ vector["weight"].flatten(), rtol=1e-10)
     assert ekfac.mean_eigenvalue() == pytest.approx(float(dense.trace()) / 12, rel=1e-10)
+
+
+def test_the_cotangents_are_square_roots() -> None:
+    """Column by column Σ u uᵀ = w B; with random signs the squares u_c² have the mean w B_cc, and little spread."""
+    for name in ("mlp", "mlp regression", "gpt2 eager"):
+        stage = case(name, "frozen").chain.stages[0]
+        (batch,) = list(stage.batches())[:1]
+        outputs, w = stage.outputs(batch).detach(), stage.item_weights(batch)
+        units = torch.eye(outputs.shape[1]).double()
+        columns = [stage.task.loss.hessian_product(outputs, batch.targets, e.expand_as(outputs)) for e in units]
+        expected = w[:, None, None] * torch.stack(columns, -1)
+        if outputs.shape[1] <= EXACT:
+            found = sum(u[:, :, None] * u[:, None, :] for u in square_roots(stage, batch, outputs, 0))
+            assert torch.allclose(found, expected, rtol=1e-10, atol=1e-14)
+            generic = OutputLoss.root_product(stage.task.loss, outputs, batch.targets, units[0].expand_as(outputs))
+            assert torch.allclose(generic.square().sum(-1), columns[0][:, 0], rtol=1e-10)
+        else:
+            draws = torch.stack([next(square_roots(stage, batch, outputs, seed)) for seed in range(4000)])
+            mean = torch.einsum("sic,sid->icd", draws, draws) / len(draws)
+            assert (mean - expected).abs().max() <= 5 * float(expected.max()) / len(draws) ** 0.5
 
 
 def test_the_trace_is_the_gauss_newton_matrix_s() -> None:
