@@ -299,3 +299,26 @@ def test_long_sentences_and_words() -> None:
     losses = losses_of(model, batch([["good"], long, ["x" * 40_000]]))
     assert losses.isfinite().all()
     torch.testing.assert_close(losses[0], losses_of(model, batch([["good"]]))[0], rtol=0, atol=1e-6)
+
+
+PLAIN = elmo.ElmoConfig(character_dim=3, filters=((1, 4),), lstm_dim=4, projection_dim=4)
+
+
+@pytest.mark.parametrize("config", [TINY, PLAIN])
+@pytest.mark.parametrize("part", ["", "weight_hh", "weight_hr", "weight_ih", "bias", "embedding", "head"])
+def test_steps_without_gradients(part: str, config: elmo.ElmoConfig) -> None:
+    """In place and by hand: the values and tangents of the differentiable loop, whichever parameters move."""
+    from torch.autograd import forward_ad
+
+    model, arguments = language_model(config), batch()
+    parameters, direction = parameters_and_direction(model)
+    direction = {name: v if part in name else torch.zeros_like(v) for name, v in direction.items()}
+    expected, tangent = torch.func.jvp(lambda p: losses_of(model, arguments, p), (parameters,), (direction,))
+    with torch.no_grad(), forward_ad.dual_level():
+        duals = {n: forward_ad.make_dual(p, direction[n]) if part in n else p for n, p in parameters.items()}
+        got = forward_ad.unpack_dual(losses_of(model, arguments, duals))
+    torch.testing.assert_close(got.primal, expected, rtol=1e-13, atol=1e-13)
+    if got.tangent is None:  # nothing of that name: a model without projections
+        assert not tangent.any()
+    else:
+        torch.testing.assert_close(got.tangent, tangent, rtol=1e-11, atol=1e-12)

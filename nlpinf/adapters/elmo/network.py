@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nlpinf.adapters.elmo import recurrence
 from nlpinf.adapters.elmo.config import ElmoConfig
 from nlpinf.data.characters import ALPHABET, PADDING
 from nlpinf.errors import BadInput
@@ -157,13 +158,21 @@ class ProjectedLSTM(nn.Module):
         bias = self.bias + forget.repeat_interleave(self.hidden)
         if x.dim() == 2:
             x = x.expand(2, *x.shape)
+        if recurrence.applies():
+            return recurrence.affine(bias, x, self.weight_ih)
         return torch.baddbmm(bias[:, None], x, self.weight_ih.transpose(1, 2))
 
     def forward(
         self, gates: Tensor, sizes: list[int], state: tuple[Tensor, Tensor] | None, carry: bool
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Packed gate inputs (2, N, 4 hidden) to packed outputs (2, N, projection), and the last states if `carry`."""
+        """Packed gate inputs (2, N, 4 hidden) to packed outputs (2, N, projection), and the last states if `carry`.
+
+        Without gradients the gate inputs are written over.
+        """
         size = self.hidden
+        if state is None and not carry and recurrence.applies():
+            weights = self.weight_hh, self.weight_hr
+            return recurrence.advance(gates, sizes, *weights, self.cell_clip, self.projection_clip), None
         # One contiguous (in, out) copy: 64 rows times 256 → 8,192 run 1.2 times faster on it than on the view (MKL on
         # AVX2); the projection, 2,048 → 256, does not.
         recurrent = self.weight_hh.transpose(1, 2).contiguous()
