@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from nlpinf.adapters.huggingface import one_line
 from nlpinf.adapters.openers import AUTO_MODELS, quiet_loading
+from nlpinf.adapters.supported import check_supported
 from nlpinf.errors import BadInput
 
 
@@ -36,6 +37,7 @@ def open_pretrained(task: str, folder: Path, seed: int) -> nn.Module:
     try:
         with quiet_loading():
             config = AutoConfig.from_pretrained(folder)
+            check_supported(config, folder)
             for name in config.to_dict():
                 if name.endswith(("dropout", "dropout_prob", "pdrop")) and name != "classifier_dropout":
                     setattr(config, name, 0.0)

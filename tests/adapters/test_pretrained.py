@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertForMaskedLM, BertModel, GPT2LMHeadModel
+from transformers import AutoConfig, BertForMaskedLM, BertModel, GPT2LMHeadModel
 
 from nlpinf import MaskedLM, Stage
 from nlpinf.adapters.pretrained import head_names, open_pretrained, open_tokenizer
@@ -68,6 +69,16 @@ def test_what_cannot_be_opened(encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="cannot be opened as a masked_lm model") as caught:
         open_pretrained("masked_lm", encoder, 0)
     assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_attributed_is_refused_with_a_reason(encoder: Path) -> None:
+    AutoConfig.for_model("bart").save_pretrained(encoder)
+    with pytest.raises(BadInput, match=r"bart is an encoder-decoder model.*give an encoder or a decoder"):
+        open_pretrained("masked_lm", encoder, 0)
+    quantised = {**bert_config().to_dict(), "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (encoder / "config.json").write_text(json.dumps({**quantised, "model_type": "bert"}))
+    with pytest.raises(BadInput, match=r"quantised .gptq., which have no derivatives"):
+        open_pretrained("masked_lm", encoder, 0)
 
 
 @pytest.mark.slow
