@@ -44,10 +44,10 @@ def open_pretrained(task: str, folder: Path, seed: int) -> nn.Module:
             model, loading = AUTO_MODELS[task].from_pretrained(folder, config=config, output_loading_info=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: cannot be opened as a {task} model: {one_line(error)}") from error
-    head = set(head_names(model))
-    encoder = {name for name, _ in model.named_parameters()} - head
-    if absent := sorted(encoder & set(loading["missing_keys"])):
-        raise BadInput(f"{folder}: its weights have no {absent[0]!r}, which the encoder has; give a whole model")
+    head, missing = set(head_names(model)), set(loading["missing_keys"])
+    for name, _ in model.named_parameters():  # older versions of transformers leave the prefix out
+        if name not in head and missing & {name, name.removeprefix(f"{model.base_model_prefix}.")}:
+            raise BadInput(f"{folder}: its weights have no {name!r}, which the encoder has; give a whole model")
     return model.float()
 
 

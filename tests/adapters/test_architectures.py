@@ -68,13 +68,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "gemma": _LLAMA,
     "mixtral": {**_LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2},
 }  # fmt: skip
-EAGER_ONLY = {"deberta-v2", "mpnet"}  # transformers has no other attention for them
-CASES = [
-    (name, how)
-    for name in [*MASKED, *CAUSAL]
-    for how in ("eager", "sdpa")
-    if (name, how)[1] == "eager" or name not in EAGER_ONLY
-]
+CASES = [(name, how) for name in [*MASKED, *CAUSAL] for how in ("eager", "sdpa")]
 
 
 class Doubles(TorchFunctionMode):
@@ -174,7 +168,11 @@ def pretraining(name: str, attention: str) -> Stage:
     sizes = MASKED.get(name) or CAUSAL[name]
     auto = AutoModelForMaskedLM if name in MASKED else AutoModelForCausalLM
     lm = MaskedLM(tokenizer(), 9, probability=0.4, seed=3) if name in MASKED else CausalLM(tokenizer(), 9)
-    model = auto.from_config(config(name, sizes), attn_implementation=attention).double()
+    try:
+        model = auto.from_config(config(name, sizes), attn_implementation=attention).double()
+    except ValueError as error:
+        assert attention == "sdpa" and "scaled_dot_product_attention" in str(error), error
+        pytest.skip(f"this transformers has no SDPA for {name}")
     return Stage(randomised(model, 1), lm, TEXTS, DECAY, name="pretrain")
 
 
