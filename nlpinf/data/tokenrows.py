@@ -113,13 +113,17 @@ def row_fingerprint(ids: Sequence[int] | np.ndarray, label: int | None = None) -
     return digest.hexdigest()[:16]
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]], *, ids: bool = True) -> dict[str, Any]:
+def write_rows(
+    path: Path, rows: Iterable[dict[str, Any]], *, ids: bool = True, count: Iterable[int] = ()
+) -> dict[str, Any]:
     """Write rows (mappings with `input_ids` and maybe `row`, `label`, `text`, `documents` and `starts`).
 
-    Returns their number, the sha256 of all fingerprints and the length of the longest row. Without `ids` only numbers,
-    fingerprints and labels are kept. The file appears whole or not at all.
+    Returns their number, the sha256 of all fingerprints, the length of the longest row, the number of tokens, and how many
+    times each id of `count` occurs (`ids`). Without `ids` only numbers, fingerprints and labels are kept. The file appears
+    whole or not at all.
     """
-    part, digest, longest, count = path.with_name(path.name + ".part"), hashlib.sha256(), 0, 0
+    part, digest, longest, done = path.with_name(path.name + ".part"), hashlib.sha256(), 0, 0
+    tokens, times = 0, dict.fromkeys(count, 0)
     writer = None
     try:
         for group in _groups(rows):
@@ -127,9 +131,12 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]], *, ids: bool = True) 
             labels = [row.get("label") for row in group]
             prints = [row_fingerprint(s, label) for s, label in zip(sequences, labels)]
             digest.update("".join(prints).encode())
+            tokens += sum(map(len, sequences))
+            for i in times:
+                times[i] += sum(int((s == i).sum()) for s in sequences)
             longest = max(longest, *(len(s) for s in sequences))
             columns: dict[str, pa.Array] = {
-                "row": pa.array([row.get("row", count + i) for i, row in enumerate(group)], pa.int64()),
+                "row": pa.array([row.get("row", done + i) for i, row in enumerate(group)], pa.int64()),
                 "fingerprint": pa.array(prints),
             }
             if ids:
@@ -142,14 +149,14 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]], *, ids: bool = True) 
             table = pa.table(columns)
             writer = writer or pq.ParquetWriter(part, table.schema, compression="zstd")
             writer.write_table(table)
-            count += len(group)
+            done += len(group)
     finally:
         if writer is not None:
             writer.close()
     if writer is None:
         raise BadInput(f"{path}: there are no rows to record; the training set is empty")
     part.replace(path)
-    return {"rows": count, "sha256": digest.hexdigest(), "longest": longest}
+    return {"rows": done, "sha256": digest.hexdigest(), "longest": longest, "tokens": tokens, "ids": times}
 
 
 def _groups(rows: Iterable[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:

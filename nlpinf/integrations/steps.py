@@ -127,7 +127,7 @@ class StepLog:
     def __init__(self, path: Path, step: int) -> None:
         resumed = path.exists() and path.stat().st_size > 0
         whole = not resumed or path.read_bytes()[-1:] == b"\n"
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         if not whole:
             self._file.write("\n")  # the run was killed within a line
         if resumed:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from nlpinf.adapters.folders import FORMAT, RECORD, file_sha256, versions, write_json
 from nlpinf.adapters.names import task_of_class
@@ -71,7 +71,7 @@ class StageRecorder(TrainerCallback):
         collator = _collator(loader)
         if args.label_smoothing_factor:
             _log.warning("label smoothing is on: nlpinf has no task with it, so this run cannot be scored")
-        rows = self._write_rows(folder, loader, args)
+        rows = self._write_rows(folder, loader, _tokenizer(kwargs, collator))
         self._record = _describe(args, model, collator, kwargs, rows)
         if "data" in self._record and self.corpus is not None:
             self._record["data"] |= {"path": str(Path(self.corpus).resolve())}
@@ -133,12 +133,13 @@ class StageRecorder(TrainerCallback):
         record = {**self._record, **_progress(state), **(best if args.load_best_model_at_end else {})}
         write_json((self.folder or Path(args.output_dir)) / RECORD, record)
 
-    def _write_rows(self, folder: Path, loader: Any, args: Any) -> dict[str, Any] | None:
+    def _write_rows(self, folder: Path, loader: Any, words: Any) -> dict[str, Any] | None:
         dataset = loader.dataset
         if isinstance(dataset, torch.utils.data.IterableDataset):
             return None
         with _untouched_randomness():
-            return write_rows(folder / ROWS_FILE, _numbered(dataset, self.dataset), ids=self.corpus is None)
+            pad = {getattr(words, "pad_token_id", None)} - {None}
+            return write_rows(folder / ROWS_FILE, _numbered(dataset, self.dataset), ids=self.corpus is None, count=pad)
 
 
 def _progress(state: Any) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def _progress(state: Any) -> dict[str, Any]:
 def _describe(args: Any, model: Any, collator: Any, kwargs: Mapping[str, Any], rows: Any) -> dict[str, Any]:
     """Return the record of a stage, all but its weights."""
     name = task_of_class(type(model).__name__)
-    tokenizer: Any = kwargs.get("processing_class") or getattr(collator, "tokenizer", None)
+    tokenizer = _tokenizer(kwargs, collator)
     config = model.config
     task: dict[str, Any] = {"name": name or type(model).__name__}
     notes: list[str] = []
@@ -169,6 +170,14 @@ def _describe(args: Any, model: Any, collator: Any, kwargs: Mapping[str, Any], r
             task["uncounted"] = [tokenizer.pad_token_id]
     elif name == "sequence_classification":
         task["labels"] = config.num_labels
+    items = {}
+    if name == "causal_lm" and rows is not None:
+        # What the Trainer divides the sum of an update's losses by: all labels, or all but each row's first, which no
+        # output predicts.
+        first = _counts_first(model)
+        ids = rows["ids"]
+        left_out = sum(ids.get(i, 0) for i in task.get("uncounted", ()))
+        items = {"items": rows["tokens"] - left_out - (0 if first else rows["rows"]), "counts_first_token": first}
     optimizer = kwargs["optimizer"]
     plain = getattr(optimizer, "optimizer", optimizer)
     record: dict[str, Any] = {
@@ -176,6 +185,7 @@ def _describe(args: Any, model: Any, collator: Any, kwargs: Mapping[str, Any], r
         "task": task,
         "reduction": "example" if name == "sequence_classification" else "token",
         "averaged_over": "step" if name == "causal_lm" else "batch",
+        **items,
         "weight_decay": _decay(model, plain),
         "decay": "L2" if type(plain) in (torch.optim.Adam, torch.optim.SGD) else "decoupled",
         "trained": [n for n, p in model.named_parameters() if p.requires_grad],
@@ -201,9 +211,24 @@ def _describe(args: Any, model: Any, collator: Any, kwargs: Mapping[str, Any], r
     return record
 
 
+def _counts_first(model: Any) -> bool:
+    """Whether the Trainer counts the labels that a causal model shifts away, as it does unless it knows the model's loss."""
+    try:
+        from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+    except ImportError:
+        return True
+    knows = "_loss_shifts_labels" in Trainer.__init__.__code__.co_names
+    return not (knows and LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss)
+
+
 def _bare(model: Any) -> Any:
     """Return the model without the wrapper of adapters, whose layers stay in it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _tokenizer(kwargs: Mapping[str, Any], collator: Any) -> Any:
+    found = kwargs.get("processing_class")
+    return found if found is not None else getattr(collator, "tokenizer", None)
 
 
 def _collator(loader: Any) -> Any:

@@ -1,0 +1,228 @@
+"""StageRecorder: it changes nothing, knows the rows of every step, survives a resumption, and its runs open as stages."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+import nlpinf
+from nlpinf.adapters.folders import RECORD, weight_files
+from nlpinf.errors import BadInput
+from nlpinf.integrations.steps import STEPS_FILE, StepRows, read_steps
+from nlpinf.stages import Stage, evaluation
+from nlpinf.tasks import Batch
+from tests.integrations.common import classifier, finetuning, gpt2, llama, pretraining, tokens, trained
+
+
+class Spy(TrainerCallback):
+    """Random states after training."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.state = torch.get_rng_state()
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    return weight_files(folder)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_recording_changes_no_weight_and_no_random_state(tmp_path: Path, workers: int) -> None:
+    ends = []
+    for name, callbacks in (("with", [nlpinf.StageRecorder()]), ("without", [])):
+        spy = Spy()
+        folder = trained(pretraining(tmp_path / name, [*callbacks, spy], dataloader_num_workers=workers))
+        ends.append((_weights(folder), spy.state))
+    assert ends[0][0] == ends[1][0]
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+class Seen(Trainer):
+    """Notes what every micro-batch held."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.seen = [*getattr(self, "seen", []), sorted(map(tuple, _unpadded(inputs["input_ids"])))]
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def _unpadded(ids: torch.Tensor) -> list[list[int]]:
+    return [[i for i in row if i != 0] for row in ids.tolist()]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_log_holds_the_rows_and_rates_of_every_step(tmp_path: Path, accumulation: int) -> None:
+    trainer = pretraining(
+        tmp_path, [nlpinf.StageRecorder()], gpt2(), gradient_accumulation_steps=accumulation, dataloader_num_workers=1
+    )
+    trainer.__class__ = Seen
+    trained(trainer)
+    steps = read_steps(tmp_path)
+    assert len(steps) == trainer.state.global_step == 2 * -(-8 // accumulation)
+    rows = tokens()["input_ids"]
+    logged = [batch for step in steps for batch in step["rows"]]
+    told = [sorted(tuple(rows[i]) for i in batch[0]) for batch in logged]
+    assert told == trainer.seen  # type: ignore[attr-defined]
+    assert [len(step["rows"]) for step in steps[: len(steps) // 2]] == [accumulation] * (8 // accumulation) + (
+        [8 % accumulation] if 8 % accumulation else []
+    )
+    rates = [3e-3 * (1 - k / len(steps)) for k in range(len(steps))]
+    assert [step["lr"][0] for step in steps] == pytest.approx(rates)
+
+
+def test_a_resumed_run_is_the_undisturbed_one(tmp_path: Path) -> None:
+    whole = trained(pretraining(tmp_path / "whole", [nlpinf.StageRecorder()]))
+    cut = tmp_path / "cut"
+    trained(pretraining(cut, [nlpinf.StageRecorder()], save_strategy="steps", save_steps=5))
+    with (cut / STEPS_FILE).open("a") as file:
+        file.write('{"step":17,"ro')  # as a killed run leaves it
+    again = pretraining(cut, [nlpinf.StageRecorder()], save_strategy="steps", save_steps=5)
+    trained(again, resume_from_checkpoint=str(cut / "checkpoint-5"))
+    assert '{"resumed":5}' in (cut / STEPS_FILE).read_text()
+    assert [(s["step"], s["rows"], s["lr"]) for s in read_steps(cut)] == [
+        (s["step"], s["rows"], s["lr"]) for s in read_steps(whole)
+    ]
+    assert len(read_steps(cut, last=10)) == 10
+    checkpoint = Stage.from_run(cut / "checkpoint-10")
+    assert checkpoint.size == 30 and checkpoint.record["weights"] == weight_files(cut / "checkpoint-10")
+
+
+def test_a_log_that_lacks_a_step_is_refused(tmp_path: Path) -> None:
+    (tmp_path / STEPS_FILE).write_text('{"step":1}\n{"step":3}\n')
+    with pytest.raises(BadInput, match="step 2 is missing"):
+        read_steps(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "size, batch, processes", [(30, 4, 2), (9, 4, 2), (3, 4, 2), (32, 4, 2), (25, 2, 3), (5, 2, 3)]
+)
+@pytest.mark.parametrize("split, even, drop", [(False, True, False), (False, False, False), (True, True, False), (False, True, True)])  # fmt: skip
+def test_rows_of_many_processes_are_those_of_their_shards(
+    size: int, batch: int, processes: int, split: bool, even: bool, drop: bool
+) -> None:
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler, DataLoader
+
+    width = batch * processes if split else batch
+
+    def shard(process: int) -> Any:
+        inner = BatchSampler(range(size), width, drop)
+        return BatchSamplerShard(inner, processes, process, split, even)
+
+    loader = DataLoader(list(range(size)), batch_sampler=shard(0))
+    expected = [[list(b) for b in shard(p)] for p in range(processes)]
+    rows = StepRows(loader, processes)
+    count = len(list(loader))
+    assert count == len(expected[0])
+    for k in range(count):
+        epoch = 1 + (k + 1) / count
+        told = rows.take(epoch, 1)[0]
+        assert told == [batches[k] if k < len(batches) else [] for batches in expected]
+
+
+def test_a_recorded_run_opens_as_the_stage_that_it_minimised(tmp_path: Path) -> None:
+    run = trained(pretraining(tmp_path / "pretrain", [nlpinf.StageRecorder()]))
+    model = classifier(run)
+    tuned = trained(finetuning(tmp_path / "finetune", [nlpinf.StageRecorder()], model))
+    first, second = Stage.from_run(run), Stage.from_run(tuned)
+    assert [list(ids) for ids in first.data] == tokens()["input_ids"]
+    assert first.reduction == "token" and second.reduction == "example"
+    assert first.task.settings()["probability"] == 0.15
+    assert first.decay["bert.encoder.layer.0.output.dense.weight"] == 0.02
+    assert first.decay["bert.encoder.layer.0.output.dense.bias"] == first.decay["bert.embeddings.LayerNorm.weight"] == 0
+    record = json.loads((tuned / RECORD).read_text())
+    assert record["parent"] == {"run": "../pretrain", "weights": weight_files(run)}
+    assert record["training"]["world_size"] == 1 and record["training"]["gradient_accumulation_steps"] == 1
+    assert ["cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"] in [
+        sorted(g, reverse=True) for g in first.record["tied"]
+    ]
+    assert set(second.record["label_names"]) == {"LABEL_0", "LABEL_1"}
+
+
+def _loss(stage: Stage, inputs: dict[str, torch.Tensor]) -> float:
+    """G over one of the Trainer's own batches, masks and all."""
+    labels = inputs["labels"]
+    if labels.ndim == 1:
+        n = torch.arange(len(labels))
+        batch = Batch({k: inputs[k] for k in ("input_ids", "attention_mask")}, n, labels, n, n)
+    else:
+        if stage.task.name == "causal_lm":
+            labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        flat = (labels.flatten() != -100).nonzero()[:, 0]
+        n = torch.arange(len(labels))
+        example = flat // labels.shape[1]
+        chosen = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+        batch = Batch(chosen, n, labels.flatten()[flat], example, n, flat)
+    first = len(labels) if stage.record.get("counts_first_token") else 0
+    record = {"items": len(batch.example) + first}
+    rows = Stage(stage.model, stage.task, range(len(labels)), reduction=stage.reduction, record=record)
+    with evaluation(stage.model), torch.no_grad():
+        return float(rows.example_losses(batch).sum()) / len(labels)
+
+
+class Losses(Trainer):
+    """Evaluation mode in training, so that dropout is no difference; keeps the batches and the loss of every update."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        model.eval()
+        train, model.train = model.train, lambda *a: model
+        self.batches = [*getattr(self, "batches", []), {k: v.clone() for k, v in inputs.items()}]
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            model.train = train
+        self.losses = [*getattr(self, "losses", []), float(loss)]
+        return loss
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", ["masked", "gpt2", "llama", "classification"])
+def test_g_is_the_trainers_own_loss(tmp_path: Path, kind: str, accumulation: int) -> None:
+    changes = {"learning_rate": 0.0, "num_train_epochs": 1, "gradient_accumulation_steps": accumulation}
+    recorder = [nlpinf.StageRecorder()]
+    if kind == "classification":
+        run = trained(pretraining(tmp_path / "pretrain", [], max_steps=1))
+        trainer = finetuning(tmp_path / "run", recorder, classifier(run), **changes)
+    else:
+        trainer = pretraining(
+            tmp_path / "run", recorder, {"gpt2": gpt2, "llama": llama}.get(kind, lambda: None)(), **changes
+        )
+        trainer.data_collator.mlm_probability = 0.5  # type: ignore[union-attr]  # so that no batch is without a mask
+    trainer.__class__ = Losses
+    stage = Stage.from_run(trained(trainer))
+    batches, losses = trainer.batches, trainer.losses  # type: ignore[attr-defined]
+    values = [_loss(stage, batch) for batch in batches]
+    if stage.record["averaged_over"] == "batch":
+        # Each micro-batch by itself; a model whose loss takes no count has its sum divided by their number.
+        takes = "kwargs" in inspect.signature(stage.model.forward).parameters
+        expected = [value / (1 if takes else accumulation) for value in values]
+        assert losses == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        return
+    counts = [float((b["labels"] != -100).sum()) for b in batches]
+    if not stage.record["counts_first_token"]:
+        counts = [c - len(b["labels"]) for c, b in zip(counts, batches)]
+    assert stage.items == sum(counts) and stage.record["counts_first_token"] == (kind == "gpt2")
+    for k in range(0, len(batches), accumulation):  # the mean over the tokens of an update
+        update = slice(k, k + accumulation)
+        ours = sum(c * v for c, v in zip(counts[update], values[update])) / sum(counts[update])
+        assert ours == pytest.approx(sum(losses[update]), rel=1e-6, abs=1e-6)
+
+
+def test_label_smoothing_is_refused(tmp_path: Path) -> None:
+    run = trained(pretraining(tmp_path, [nlpinf.StageRecorder()], max_steps=1, label_smoothing_factor=0.1))
+    with pytest.raises(BadInput, match="label smoothing"):
+        Stage.from_run(run)
+
+
+def test_rows_of_another_run_are_refused(tmp_path: Path) -> None:
+    one = trained(pretraining(tmp_path / "one", [nlpinf.StageRecorder()], max_steps=1))
+    two = pretraining(tmp_path / "two", [nlpinf.StageRecorder()], max_steps=1)
+    two.train_dataset = tokens(count=20)
+    trained(two)
+    (tmp_path / "two" / "nlpinf_rows.parquet").replace(one / "nlpinf_rows.parquet")
+    with pytest.raises(BadInput, match="not those of the run"):
+        Stage.from_run(one)
