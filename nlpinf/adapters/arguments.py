@@ -30,6 +30,9 @@ class _StandIn:
     def __init__(self, *args: Any) -> None:
         """Made by `__new__`, which a pickle may call alone."""
 
+    def __call__(self, *args: Any) -> Any:
+        return _StandIn(*args)
+
     def __setstate__(self, state: Any) -> None:
         self.__dict__.update(state if isinstance(state, dict) else {})
 
