@@ -4,6 +4,8 @@ Every figure is a ratio of times taken in turn in one run (median over rounds of
 
     lstm     two layers, two directions, weights of the same shapes as two torch.nn.LSTM(proj_size=...), which neither
              clip nor add a skip connection
+             (and forward mode in bfloat16 beside the float32 forward pass)
+    allennlp the encoder beside AllenNLP's `_ElmoBiLm` of the same weights and words, where AllenNLP is installed
     text     a whole language model on sentences of text: character CNN once a distinct word against once a token, gate
              inputs likewise, and one directional derivative of all losses (a score) against the bare forward pass
     original one batch of the released sizes with 793,471 words (2 GB of weights, twice with their tangents)
@@ -19,6 +21,7 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -100,9 +103,14 @@ def bench_lstm(units: int, projection: int, batch: int, steps: int, rounds: int,
         for peer in peers:
             reverse(peer, True, lambda y, peer=peer: peer(y)[0], x)  # type: ignore[misc]
 
+    half = Layers(units, projection).bfloat16()
+    half.load_state_dict(ours.state_dict())
+    narrow = {name: v.bfloat16() for name, v in direction.items()}
+
     works: dict[str, Work] = {
         "nn.LSTM": anchor,
         "forward": bare,
+        "jvp bfloat16": lambda: tangent(half, narrow, (packed.bfloat16(), sizes)),
         "jvp": lambda: tangent(ours, direction, (packed, sizes)),
         "reverse activations": lambda: reverse(ours, False, lambda y: ours(y, sizes), packed),
         "reverse weights": lambda: reverse(ours, True, lambda y: ours(y, sizes), packed),
@@ -113,6 +121,7 @@ def bench_lstm(units: int, projection: int, batch: int, steps: int, rounds: int,
         "shape": {"units": units, "projection": projection, "batch": batch, "steps": steps},
         "forward / nn.LSTM forward": ratio(seconds, "forward", "nn.LSTM"),
         "jvp / forward": ratio(seconds, "jvp", "forward"),
+        "jvp in bfloat16 / forward in float32": ratio(seconds, "jvp bfloat16", "forward"),
         "reverse to activations / forward": ratio(seconds, "reverse activations", "forward"),
         "reverse to weights / forward": ratio(seconds, "reverse weights", "forward"),
         "reverse to weights / nn.LSTM reverse": ratio(seconds, "reverse weights", "nn.LSTM reverse weights"),
@@ -167,6 +176,42 @@ def bench_text(config: elmo.ElmoConfig, text: list[list[str]], size: int, rounds
     }
 
 
+def bench_allennlp(
+    config: elmo.ElmoConfig, text: list[list[str]], size: int, rounds: int, clock: Any
+) -> dict[str, Any]:
+    """Encoders of the same weights on one length-sorted batch; AllenNLP convolves the characters of every token."""
+    from allennlp.modules.elmo import _ElmoBiLm, batch_to_ids
+
+    torch.manual_seed(0)
+    encoder = elmo.ElmoEncoder(config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        options, weights = elmo.write_encoder(encoder, folder)
+        peer = _ElmoBiLm(str(options), str(weights)).eval()
+    text = sorted(text, key=len)
+    chosen = text[(len(text) - size) // 2 :][:size]
+    ids = batch_to_ids(chosen)
+    batch = elmo.character_batch(chosen)
+
+    def ours() -> Any:
+        with torch.no_grad():
+            return encoder(batch.distinct, batch.index, batch.lengths)
+
+    def theirs() -> Any:
+        peer._elmo_lstm.reset_states()
+        with torch.no_grad():
+            return peer(ids)["activations"]
+
+    count = len(chosen[0])
+    gap = max(float((a[0, :count] - b[0, 1 : count + 1]).abs().max()) for a, b in zip(ours(), theirs()))
+    seconds = in_turn({"forward": ours, "AllenNLP": theirs}, rounds, clock)
+    return {
+        "sizes": {"lstm": config.lstm_dim, "projection": config.projection_dim},
+        "batch": {"sentences": size, "tokens": int(batch.lengths.sum()), "distinct words": len(batch.distinct)},
+        "largest difference, first sentence": gap,
+        "AllenNLP / forward": ratio(seconds, "AllenNLP", "forward"),
+    }
+
+
 class Sampled(nn.Module):
     """A language model whose losses use fixed negatives."""
 
@@ -175,10 +220,11 @@ class Sampled(nn.Module):
         self.model, self.negatives = model, negatives
 
     def forward(self, *batch: Tensor) -> Tensor:
-        items = self.model.items(*batch)
-        head = self.model.head
-        losses = elmo.sampled_softmax_losses(items.hidden, items.targets, head.weight, head.bias, self.negatives)
-        return losses.new_zeros(len(batch[2])).index_add(0, items.sentences, losses) / (2 * (batch[2] - 1))
+        *inputs, words = batch
+        items = self.model.items(*inputs)
+        head, targets = self.model.head, words[items.sentences, items.positions]
+        losses = elmo.sampled_softmax_losses(items.hidden, targets, head.weight, head.bias, self.negatives)
+        return losses.new_zeros(len(words)).index_add(0, items.sentences, losses) / (2 * (inputs[2] - 1))
 
 
 def bench_original(text: list[list[str]], size: int, rounds: int, clock: Any) -> dict[str, Any]:
@@ -221,7 +267,9 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["lstm", "text"], choices=["lstm", "text", "original"])
+    parser.add_argument(
+        "--parts", nargs="+", default=["lstm", "text"], choices=["lstm", "text", "allennlp", "original"]
+    )
     parser.add_argument("--units", type=int, default=2048)
     parser.add_argument("--projection", type=int, default=256)
     parser.add_argument("--batch", type=int, default=64)
@@ -249,13 +297,16 @@ def main() -> None:
         elif part == "text":
             text = sentences_of(args.text, 2000)
             report[part] = bench_text(elmo.ElmoConfig.preset(args.preset), text, args.batch, args.rounds, clock)
+        elif part == "allennlp":
+            config = elmo.ElmoConfig.preset(args.preset)
+            report[part] = bench_allennlp(config, sentences_of(args.text, 2000), args.batch, args.rounds, clock)
         else:
             report[part] = bench_original(sentences_of(args.text, 2000), args.batch, args.rounds, clock)
     if args.json:
         print(json.dumps(report))
         return
     for name, value in report.items():
-        if isinstance(value, dict) and name in ("lstm", "text", "original"):
+        if isinstance(value, dict) and name in ("lstm", "text", "allennlp", "original"):
             print(name)
             for key, figure in value.items():
                 print(f"  {key}: {figure}")

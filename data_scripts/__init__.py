@@ -1,0 +1,1 @@
+"""Scripts that fetch and convert public data and models."""
