@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -25,6 +26,7 @@ from transformers.utils import logging
 from nlpinf.adapters.allennlp_classifier import RECIPE, ArchiveClassifier
 from nlpinf.adapters.elmo.language_model import ElmoLM
 from nlpinf.adapters.heads import HEAD, TextClassifier
+from nlpinf.adapters.supported import check_supported
 from nlpinf.data.vocabulary import Vocabulary
 from nlpinf.errors import BadInput
 from nlpinf.tasks import BidirectionalLM, CausalLM, MaskedLM, SequenceClassification, Task, WordClassification
@@ -97,6 +99,7 @@ class HuggingFace(Opener):
     def _model(self, folder: Path, trust_remote_code: bool) -> Any:
         if (folder / HEAD).exists():
             return TextClassifier.from_pretrained(folder)
+        check_supported(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), folder)
         model, loading = AUTO_MODELS[self.name].from_pretrained(
             folder, output_loading_info=True, trust_remote_code=trust_remote_code
         )
