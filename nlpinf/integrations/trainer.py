@@ -138,7 +138,7 @@ class StageRecorder(TrainerCallback):
         if isinstance(dataset, torch.utils.data.IterableDataset):
             return None
         with _untouched_randomness():
-            pad = {getattr(words, "pad_token_id", None)} - {None}
+            pad = [] if getattr(words, "pad_token_id", None) is None else [words.pad_token_id]
             return write_rows(folder / ROWS_FILE, _numbered(dataset, self.dataset), ids=self.corpus is None, count=pad)
 
 
@@ -218,7 +218,7 @@ def _counts_first(model: Any) -> bool:
     except ImportError:
         return True
     knows = "_loss_shifts_labels" in Trainer.__init__.__code__.co_names
-    return not (knows and LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss)
+    return not (knows and LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss)
 
 
 def _bare(model: Any) -> Any:
