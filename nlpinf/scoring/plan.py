@@ -127,19 +127,21 @@ def _scoring(
     scorer: RowScorer, encoded: list[object], part: Part, batches: list[list[int]], sample: int
 ) -> tuple[float, int]:
     """Return the seconds for all batches, from those of some, and how many rows these have."""
-    wanted = max(min(8, len(batches)), math.ceil(len(batches) * sample / len(part.rows)))
-    timed = np.unique(np.linspace(0, len(batches) - 1, min(wanted, len(batches))).round().astype(int))
+    wanted, timed = min(8, len(batches)), np.zeros(0, int)
+    while sum(len(batches[number]) for number in timed) < sample and wanted <= len(batches):
+        timed = np.unique(np.linspace(0, len(batches) - 1, wanted).round().astype(int))
+        wanted += 1
     task, rows = scorer.stage.task, part.rows
     padded = np.array([len(chosen) * max(task.length(encoded[i]) for i in chosen) for chosen in batches], float)
-    warm = batches[int(timed[len(timed) // 2])]
-    scorer.score([encoded[i] for i in warm], rows[warm].tolist())
     each = []
     for number in timed:
         chosen = batches[int(number)]
-        began = time.perf_counter()
-        _, result = scorer.score([encoded[i] for i in chosen], rows[chosen].tolist())
-        result.scores.cpu()
-        each.append((time.perf_counter() - began) / padded[number])
+        for _ in range(2):  # the first time is of the allocator's and the caches' warming up, which a run pays once
+            began = time.perf_counter()
+            _, result = scorer.score([encoded[i] for i in chosen], rows[chosen].tolist())
+            result.scores.cpu()
+            seconds = time.perf_counter() - began
+        each.append(seconds / padded[number])
     per_token = np.interp(np.arange(len(batches)), timed, each)
     return float(per_token @ padded), sum(len(batches[int(number)]) for number in timed)
 
