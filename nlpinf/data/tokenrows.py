@@ -37,7 +37,7 @@ class TokenRows(Sequence[Any]):
         self, table: pa.Table, path: str | None = None, decode: Callable[[list[int]], str] | None = None
     ) -> None:
         self._table = table.combine_chunks()
-        self.rows: Tensor = torch.from_numpy(np.array(table["row"], np.int64))
+        self.rows: Tensor = torch.from_numpy(table["row"].to_numpy().astype(np.int64))
         self.path, self._decode = path, decode
         self.labelled = "label" in table.column_names
         self.skipped: dict[str, int] = {}
