@@ -12,6 +12,7 @@ import typer
 
 from nlpinf.cli import (
     check,
+    damping,
     demo,
     filter,
     finetune,
@@ -49,7 +50,23 @@ def _options(
         torch.set_num_threads(threads)
 
 
-for module in (demo, run, pretrain, fit_head, finetune, query, plan, score, status, top, filter, merge, report, check):
+for module in (
+    demo,
+    run,
+    pretrain,
+    fit_head,
+    finetune,
+    query,
+    damping,
+    plan,
+    score,
+    status,
+    top,
+    filter,
+    merge,
+    report,
+    check,
+):
     module.add(app)
 
 

@@ -112,8 +112,10 @@ class EKFAC(Operator):
     def product(self, vector: Parameters) -> Parameters:
         return {n: self.factors[n].mapped(v, lambda e: e) for n, v in vector.items()}
 
-    def inverse(self, damping: float, shift: dict[str, float] | None = None) -> Callable[[Parameters], Parameters]:
-        """Return v ↦ (C + diag(shift) + λI)⁻¹ v. The stored factors do not change.
+    def inverse(
+        self, damping: float, shift: dict[str, float] | None = None, power: float = 1.0
+    ) -> Callable[[Parameters], Parameters]:
+        """Return v ↦ (C + diag(shift) + λI)^−power v. The stored factors do not change.
 
         An eigenvalue that is nothing beside the largest, with neither shift nor damping, counts as the smallest number
         that is something beside it, so that the map stays positive definite.
@@ -128,7 +130,7 @@ class EKFAC(Operator):
             found = {}
             for name, v in vector.items():
                 factor, diagonal = self.factors[name], shift.get(name, 0.0) + damping
-                found[name] = factor.mapped(v, lambda e, d=diagonal: (e + d).clamp(min=least).reciprocal())  # type: ignore[misc]
+                found[name] = factor.mapped(v, lambda e, d=diagonal: (e + d).clamp(min=least).pow(-power))  # type: ignore[misc]
             return found
 
         return solve

@@ -42,6 +42,10 @@ class Operator(ABC):
         """Return operators whose mean is this one, each cheaper where there are several: for stochastic solvers."""
         return [self]
 
+    def at(self, precision: str | None) -> Operator:
+        """Return this operator with products in "bfloat16", "float16" or, None, in the parameters' dtype."""
+        raise BadInput(f"{type(self).__name__} has products in one precision only")
+
     def mean_eigenvalue(self, probes: int = 8, seed: int = 0) -> float:
         """Return tr(C)/P by Hutchinson's estimator: the mean of zᵀCz / P over `probes` seeded vectors z of ±1 entries.
 
@@ -64,6 +68,10 @@ class Shifted(Operator):
     def parts(self) -> list[Operator]:
         parts = self.base.parts()
         return [self] if len(parts) == 1 else [Shifted(part, self.shift, self.damping) for part in parts]
+
+    def at(self, precision: str | None) -> Shifted:
+        """Return this operator with the products of its base in another precision."""
+        return Shifted(self.base.at(precision), self.shift, self.damping)
 
     def product(self, vector: Parameters) -> Parameters:
         product = self.base @ vector

@@ -15,6 +15,7 @@ network whose backward pass has no forward mode (SiLU's, so Llama's and Mixtral'
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Literal
 from weakref import WeakSet
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from nlpinf import parameters as P
 from nlpinf import processes
-from nlpinf.curvature.operators import Operator
+from nlpinf.curvature.operators import Operator, Shifted
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
 from nlpinf.stages import Stage, evaluation
@@ -146,6 +147,11 @@ class Curvature(Operator):
             parts.append(part)
         return parts
 
+    def at(self, precision: str | None) -> Curvature:
+        other = copy.copy(self)
+        other.stage, other.products = self.stage.at(precision), 0  # type: ignore[arg-type]
+        return other
+
     def product(self, vector: Parameters) -> Parameters:
         names = list(self.template)
         total = P.sums_like(self.template)
@@ -159,6 +165,22 @@ class Curvature(Operator):
                 for name, part in zip(names, parts):
                     total[name] += part
         return P.mean_like(processes.total(total), self.rows, self.template)
+
+
+def noise_floor(operator: Operator, vector: Parameters, rows: int = 4) -> float:
+    """Return the rounding noise of an operator's products, ‖C v − C₆₄ v‖ / ‖C₆₄ v‖ over a few rows, C₆₄ being in float64."""
+    shifted = operator if isinstance(operator, Shifted) else Shifted(operator)
+    base = shifted.base
+    assert isinstance(base, Curvature)
+    stage, chosen = base.stage, base.indices[:rows]
+    double = dataclasses.replace(stage, model=copy.deepcopy(stage.model).double(), precision=None)
+    products = [
+        Shifted(Curvature(s, base.kind, chosen, base.seed), shifted.shift, shifted.damping)
+        @ {n: t.to(s.dtype) for n, t in vector.items()}
+        for s in (stage, double)
+    ]
+    difference = {n: t.double() - products[1][n] for n, t in products[0].items()}
+    return P.norm(difference) / P.norm(products[1])
 
 
 def cross_product(stage: Stage, vector: Parameters, names: Iterable[str], indices: Sequence[int]) -> Parameters:

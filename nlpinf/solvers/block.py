@@ -63,10 +63,6 @@ class Columns:
             made[name] = part if onto is None else onto.tensors[name] + part
         return Columns(made)
 
-    def scaled(self, scale: float) -> Columns:
-        """Return scale · self."""
-        return Columns(P.scaled(scale, self.tensors))
-
     def mapped(self, function: Callable[[Parameters], Parameters]) -> Columns:
         """Return the columns function(self_i)."""
         return Columns.of([function(self[i]) for i in range(len(self))])

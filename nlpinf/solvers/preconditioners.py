@@ -45,48 +45,70 @@ class EKFACPreconditioning:
         return {"name": self.name, "rows": self.rows, "largest": self.largest}
 
     def fit(self, operator: Shifted) -> Preconditioner:
+        return self.factors(operator).inverse(operator.damping, operator.shift)
+
+    def factors(self, operator: Shifted) -> EKFAC:
+        """Return the factors of the operator's curvature."""
         base = operator.base
         if not isinstance(base, Curvature):
             raise BadInput(f"the {self.name} preconditioner needs a stage's curvature, not {type(base).__name__}")
         step = max(1, len(base.indices) // self.rows)
-        factors = EKFAC.fit(base.stage, base.indices[::step], base.seed, self.largest)
-        return factors.inverse(operator.damping, operator.shift)
+        return EKFAC.fit(base.stage, base.indices[::step], base.seed, self.largest)
 
 
 @dataclass(frozen=True)
 class Nystrom:
-    """C ≈ U Λ Uᵀ from `rank` products with random vectors (Frangella, Tropp and Udell, 2023).
+    """A = D^−½ C D^−½ ≈ U Λ Uᵀ from `rank` products with random vectors (Frangella, Tropp and Udell, 2023).
 
-    M⁻¹ = U ((Λ + λ)⁻¹ − (Λ_last + λ)⁻¹) Uᵀ + (Λ_last + λ)⁻¹ I, with C the operator without its damping λ. It holds
-    `rank` vectors, and serves a spectrum that falls fast.
+    Without a start D = I, C is the operator without its damping λ, and ℓ the last of Λ. With one D is its EK-FAC, C the whole
+    operator, λ = 0 and ℓ = 1: what EK-FAC leaves of the largest eigenvalues is taken out.
+
+        M⁻¹ = D^−½ [ U (Λ + λ)⁻¹ Uᵀ + (ℓ + λ)⁻¹ (I − U Uᵀ) ] D^−½
+
+    It costs `rank` products and holds `rank` vectors, once for all queries.
     """
 
     rank: int = 32
+    start: EKFACPreconditioning | None = None
     seed: int = 0
 
     def settings(self) -> dict[str, Any]:
-        return {"name": "nystrom", "rank": self.rank, "seed": self.seed}
+        start = self.start and self.start.settings()
+        return {"name": "nystrom", "rank": self.rank, "start": start, "seed": self.seed}
 
     def fit(self, operator: Shifted) -> Preconditioner:
+        damping, root = operator.damping, None
+        if self.start is not None:
+            factors, damping = self.start.factors(operator), 0.0
+            root = factors.inverse(operator.damping, operator.shift, 0.5)
+
+        def halved(v: Parameters) -> Parameters:
+            return v if root is None else root(v)
+
+        def product(v: Parameters) -> Parameters:
+            return P.axpy(-damping, v, halved(operator @ halved(v)))
+
         rank = min(self.rank, operator.shape[0])
         draws = Columns.of([P.random_like(operator.template, self.seed * 104729 + i) for i in range(rank)])
         draws = draws.orthonormal()
-        made = draws.mapped(lambda v: P.axpy(-operator.damping, v, operator @ v))
+        made = draws.mapped(product)
         inner = draws.gram(made)
+        if not bool(torch.isfinite(inner).all()):
+            raise BadInput("a curvature product is not finite; run `nlpinf check` on the model")
         values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
         large = values > 1e-7 * values[-1].clamp(min=0)
-        if not bool(large.any()) or not bool(torch.isfinite(values).all()):
-            return lambda v: v
+        if not bool(large.any()):
+            return lambda v: halved(halved(v))
         half = made.combined(vectors[:, large] / values[large].sqrt())  # half halfᵀ = Y (Ωᵀ Y)⁻¹ Yᵀ
         eigenvalues, rotation = torch.linalg.eigh(half.gram(half))
         kept = eigenvalues > 1e-7 * eigenvalues[-1]
         eigenvalues, basis = eigenvalues[kept], half.combined(rotation[:, kept] / eigenvalues[kept].sqrt())
-        rest = float(eigenvalues[0]) + operator.damping
-        inner_weights = 1 / (eigenvalues + operator.damping) - 1 / rest
+        rest = 1.0 if root is not None else float(eigenvalues[0]) + damping
+        weights = 1 / (eigenvalues + damping) - 1 / rest
 
         def solve(v: Parameters) -> Parameters:
-            column = Columns.of([v])
-            return basis.combined(inner_weights[:, None] * basis.gram(column), column.scaled(1 / rest))[0]
+            column = Columns.of([halved(v)])
+            return halved(P.axpy(1 / rest, column[0], basis.combined(weights[:, None] * basis.gram(column))[0]))
 
         return solve
 
@@ -138,6 +160,7 @@ KINDS: dict[str, Callable[[], Preconditioning | None]] = {
     "diagonal": lambda: EKFACPreconditioning(largest=0, name="diagonal"),
     "ekfac": EKFACPreconditioning,
     "nystrom": Nystrom,
+    "ekfac+nystrom": lambda: Nystrom(start=EKFACPreconditioning()),
     "spectral": LimitedMemory,
 }
 

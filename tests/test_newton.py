@@ -1,0 +1,107 @@
+"""What dropping rows does: exact for ridge regression, and near retraining in a network where the first order is far off."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from nlpinf.errors import BadInput
+from nlpinf.influence import ImplicitSolve
+from nlpinf.newton import predict
+from nlpinf.queries import Query
+from nlpinf.solvers import CG, MINRES
+from nlpinf.stages import Chain, Proximity, Stage
+from nlpinf.tasks import Classification, Regression
+from tests import test_validation as validation
+from tests.test_validation import ALPHA, DECAY, EXACT, lbfgs, newton, normal
+
+SETS = {"one": [3], "some": [0, 4, 5, 11, 20], "half": list(range(0, 30, 2))}
+
+
+def chain_of(first: torch.nn.Module, last: torch.nn.Module, task: object, data: list, later: list, case: int) -> Chain:
+    theirs = {n for n, _ in first.named_parameters()}
+    trained = [n for n, _ in last.named_parameters() if case == 2 or n not in theirs]
+    stages = [
+        Stage(first, task, data, DECAY, name="pretrain"),  # type: ignore[arg-type]
+        Stage(last, task, later, DECAY, trained=trained, name="finetune"),  # type: ignore[arg-type]
+    ]
+    return Chain(stages, "frozen" if case == 1 else Proximity(ALPHA))
+
+
+@pytest.mark.parametrize("case", [1, 2])
+def test_for_ridge_regression_a_newton_step_is_retraining(case: int) -> None:
+    """Both stages quadratic and q linear: solving again without the rows gives the predicted change to rounding."""
+    ridge = validation.TestRidge()
+    weigh = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    query = Query.of(lambda outputs, batch: (outputs * weigh).mean(), list(zip(ridge.XQ, ridge.TQ)))
+    data, later = list(zip(ridge.X, ridge.Y)), list(zip(ridge.X2, ridge.T))
+    chain = chain_of(*ridge.models(case), Regression(), data, later, case)
+    found = predict(chain, [query], SETS, curvature="hessian", solver=EXACT)
+
+    def q(weights: torch.Tensor) -> float:
+        return float((ridge.XQ @ ridge.solve(case, weights)[1] * weigh).mean())
+
+    for removed in found:
+        weights = torch.ones(len(data), dtype=torch.float64)
+        weights[list(removed.rows)] = 0.0
+        actual = q(weights) - q(torch.ones_like(weights))
+        assert removed.newton[0] == pytest.approx(actual, rel=1e-8)
+        assert abs(removed.first_order[0] - actual) > 1e-4 * abs(actual)
+        nudged = (q(1 - 1e-5 * (1 - weights)) - q(torch.ones_like(weights))) / 1e-5
+        assert removed.first_order[0] == pytest.approx(nudged, rel=1e-3)
+
+
+class Larger(validation.Network):
+    m = 160
+
+
+def test_in_a_network_the_newton_step_is_near_retraining() -> None:
+    """Random tenths of a non-convex network's rows dropped, both stages solved again from their optimum."""
+    net = Larger()
+    ones = torch.ones(net.m, dtype=torch.float64)
+    finetuning = net.finetuning(1)
+    first = newton(lambda t: net.pretraining(t, ones), lbfgs(lambda t: net.pretraining(t, ones), normal(31, net.size)))
+    zero = torch.zeros(net.size - net.split, dtype=torch.float64)
+    last = newton(lambda t: finetuning(t, first), lbfgs(lambda t: finetuning(t, first), zero))
+    whole = net.whole(first, last, 1)
+    chain = chain_of(
+        net.model("before", first), net.model("after", whole), Classification(), list(zip(net.X, net.Y)),
+        list(zip(net.X2, net.T)), 1,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    sets = {str(k): sorted(torch.randperm(net.m, generator=generator)[:16].tolist()) for k in range(10)}
+    found = predict(chain, [Query.mean_loss(list(zip(net.XQ, net.TQ)))], sets, solver=CG(1e-10))
+    actual = []
+    for rows in sets.values():
+        weights = ones.clone()
+        weights[rows] = 0.0
+        again = lbfgs(lambda t, w=weights: net.pretraining(t, w), first)  # type: ignore[misc]
+        moved = lbfgs(lambda t, a=again: finetuning(t, a), last)  # type: ignore[misc]
+        actual.append(net.query(net.whole(again, moved, 1)) - net.query(whole))
+    truth = np.array(actual)
+
+    def slope(predicted: np.ndarray) -> float:
+        return float(predicted @ truth / (predicted @ predicted))
+
+    by_newton, by_first = (np.array([getattr(r, kind)[0] for r in found]) for kind in ("newton", "first_order"))
+    assert 0.9 <= slope(by_newton) <= 1.1
+    assert abs(slope(by_newton) - 1) < 0.5 * abs(slope(by_first) - 1)
+    assert np.corrcoef(by_newton, truth)[0, 1] >= 0.95
+    assert all("hessian of the rows that stay" in r.solution.note for r in found)
+
+
+def test_bad_sets_are_refused_and_other_solvers_taken() -> None:
+    ridge = validation.TestRidge()
+    data, later = list(zip(ridge.X, ridge.Y)), list(zip(ridge.X2, ridge.T))
+    chain = chain_of(*ridge.models(1), Regression(), data, later, 1)
+    query = Query.mean_loss(list(zip(ridge.XQ, ridge.TQ)))
+    for rows, message in (([], "no row"), ([1, 1], "twice"), ([30], "row 30"), (list(range(30)), "all 30 rows")):
+        with pytest.raises(BadInput, match=message):
+            predict(chain, [query], {"drop": rows})
+    with pytest.raises(BadInput, match="nothing to predict"):
+        predict(chain, [], SETS)
+    steps = [ImplicitSolve("hessian", 0.0, MINRES(1e-12))]
+    one = predict(chain, [query], SETS, curvature="hessian", solver=MINRES(1e-12), later=steps)
+    other = predict(chain, [query], SETS, curvature="hessian", solver=EXACT)
+    assert [r.newton for r in one] == [pytest.approx(r.newton, rel=1e-7) for r in other]
