@@ -36,6 +36,14 @@ class PulledBack:
     solution: Solution
 
 
+def passed_back(link: Link, cotangent: Parameters, y: Parameters, indices: Sequence[int]) -> Parameters:
+    """Return w, the cotangent on what the stage received, by the parent's names; `indices` carry the mixed block F_WΘ."""
+    w = {n: 2 * link.alpha * y[n] for n in link.moved}
+    if link.kept:
+        w |= P.axpy(-1.0, cross_product(link.stage, y, link.kept, indices), P.select(cotangent, link.kept))
+    return {link.received[n]: tensor for n, tensor in w.items()}
+
+
 class Step(Protocol):
     """How one stage passes cotangents back."""
 
@@ -103,12 +111,7 @@ class ImplicitSolve:
         for cotangent, solution in zip(cotangents, system.solve(self.solver, rights, report)):
             if not self.allow_unconverged:
                 solution.required(f"stage {stage.name!r}")
-            y = solution.vector
-            w = {n: 2 * link.alpha * y[n] for n in link.moved}
-            if link.kept:
-                indices, _ = curvature_samples(stage.size, self.sample, self.seed)
-                w |= P.axpy(-1.0, cross_product(stage, y, link.kept, indices), P.select(cotangent, link.kept))
-            pulled.append(PulledBack({link.received[n]: tensor for n, tensor in w.items()}, solution))
+            pulled.append(PulledBack(passed_back(link, cotangent, solution.vector, system.first), solution))
         return pulled
 
 
