@@ -9,6 +9,7 @@ with g of the task and reduction (see `Stage`). The notation is that of docs/con
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from nlpinf.parameters import Parameters
 from nlpinf.tasks import Batch, Task
 
 Reduction = Literal["example", "token"]
+Precision = Literal["bfloat16", "float16"]
 
 
 @contextmanager
@@ -91,6 +93,7 @@ class Stage:
                     items of the whole corpus, so that G is the mean over all items
     `trained`       names of the parameters that the run moved; default: those with `requires_grad`
     `batch_size`    examples in a batch at most; `batch_tokens` padded tokens in a batch at most
+    `precision`     "bfloat16" or "float16": the network runs under autocast; losses, sums and vectors stay as they were
     """
 
     model: nn.Module
@@ -103,6 +106,7 @@ class Stage:
     batch_size: int = 64
     batch_tokens: int = 2048
     record: Mapping[str, Any] = field(default_factory=dict)
+    precision: Precision | None = None
 
     def __post_init__(self) -> None:
         names = dict(self.model.named_parameters())
@@ -160,6 +164,12 @@ class Stage:
         """The device of the parameters."""
         return next(iter(self.theta.values())).device
 
+    def at(self, precision: Precision | None) -> Stage:
+        """Return this stage with another precision; what was counted of its corpus is kept."""
+        other = copy.copy(self)
+        object.__setattr__(other, "precision", precision)
+        return other
+
     @property
     def size(self) -> int:
         """m, the number of examples in the corpus."""
@@ -201,7 +211,13 @@ class Stage:
 
     def outputs(self, batch: Batch, changed: Parameters | None = None) -> Tensor:
         """Return the task's outputs (I, classes) at θ, with the tensors in `changed` in the place of θ's; call it within `evaluation`."""
-        return self.task.outputs(_Functional(self.model, {**self.parameters, **(changed or {})}), batch)  # type: ignore[arg-type]
+        model: Any = _Functional(self.model, {**self.parameters, **(changed or {})})
+        if self.precision is None:
+            return self.task.outputs(model, batch)
+        # Without autocast's cache: it holds what it cast by the tensor, and a dual tensor's tangent would be lost.
+        with torch.autocast(self.device.type, getattr(torch, self.precision), cache_enabled=False):
+            outputs = self.task.outputs(model, batch)
+        return outputs.to(self.dtype)
 
     def example_losses(self, batch: Batch, changed: Parameters | None = None) -> Tensor:
         """Return g(z) of every example, (B,), differentiable in `changed`; call it within `evaluation`."""

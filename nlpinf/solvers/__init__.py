@@ -12,6 +12,7 @@ from nlpinf.solvers.preconditioners import (
     Preconditioning,
     preconditioning,
 )
+from nlpinf.solvers.refined import Refined
 
 __all__ = [
     "CG",
@@ -23,6 +24,7 @@ __all__ = [
     "Nystrom",
     "Preconditioner",
     "Preconditioning",
+    "Refined",
     "Solution",
     "Solver",
     "Verdict",

@@ -1,0 +1,89 @@
+"""Refinement reaches with low precision what the model's own precision reaches, and says what noise it met."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nlpinf import CG, Query, query_vectors
+from nlpinf import parameters as P
+from nlpinf.curvature import Curvature, Shifted
+from nlpinf.curvature.operators import Matrix
+from nlpinf.curvature.products import noise_floor
+from nlpinf.errors import BadInput
+from nlpinf.solvers import Refined
+from nlpinf.solvers.preconditioners import EKFACPreconditioning
+from tests.cases import case
+
+FAMILIES = ["bert sdpa", "gpt2 eager", "lstm tagger", "elmo"]
+
+
+def system(family: str, kind: Any = "ggn", dtype: torch.dtype = torch.float32) -> tuple[Shifted, P.Parameters]:
+    """Return a damped operator and a right-hand side."""
+    stage = case(family, "proximity", dtype).chain.stages[0]
+    return Shifted(Curvature(stage, kind), stage.decay, 0.05), P.random_like(stage.theta, 1)
+
+
+def relative(a: P.Parameters, b: P.Parameters) -> float:
+    """Return ‖a − b‖ / ‖b‖ in float64."""
+    a, b = ({n: t.double() for n, t in tree.items()} for tree in (a, b))
+    return P.norm(P.axpy(-1.0, b, a)) / P.norm(b)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_the_residual_is_that_of_full_precision(family: str, precision: Any) -> None:
+    operator, right = system(family)
+    solution = Refined(CG(1e-5), precision)(operator, right)
+    assert solution.converged and precision in solution.note
+    exact, same = system(family, dtype=torch.float64)
+    residual = relative(exact @ {n: t.double() for n, t in solution.vector.items()}, same)
+    assert residual <= 1.5e-5  # in float64, of a solution in float32
+    assert residual == pytest.approx(solution.residual, rel=0.2, abs=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["ggn", "hessian"])  # the Fisher matrix's labels are drawn anew where outputs move
+@pytest.mark.parametrize("family", FAMILIES)
+def test_low_precision_is_low_and_noise_is_told(family: str, kind: Any) -> None:
+    operator, right = system(family, kind)
+    exact, same = system(family, kind, torch.float64)
+    true = exact @ same
+    low = operator.at("bfloat16") @ right
+    assert 1e-5 < relative(low, true) < 0.1
+    assert {t.dtype for t in low.values()} == {torch.float32}
+    assert noise_floor(operator, right, rows=10**6) == pytest.approx(relative(operator @ right, true), rel=0.5)
+
+
+def test_a_tolerance_below_the_noise_is_refused_with_the_number() -> None:
+    operator, right = system("bert sdpa")
+    floor = noise_floor(operator, right)
+    with pytest.raises(BadInput, match=f"noise of {floor:.1e}"):
+        Refined(CG(floor / 10))(operator, right)
+
+
+def test_where_low_precision_is_all_noise_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator, right = system("bert sdpa")
+    size = operator.shape[0]
+    noise = Matrix(operator.template, torch.randn(size, size, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(Shifted, "at", lambda self, precision: noise)
+    solution = Refined(CG(1e-4))(operator, right)
+    assert solution.converged and "not used" in solution.note
+    assert relative(solution.vector, CG(1e-4)(operator, right).vector) == 0.0
+
+
+def test_a_preconditioner_serves_the_inner_solves_and_settings_tell_all() -> None:
+    chain = case("bert sdpa", "proximity", torch.float32).chain
+    queries = [Query.loss(chain.stages[-1].data[0])]
+    found = query_vectors(chain, queries, damping=0.05, solver=Refined(CG(1e-4)), preconditioner=EKFACPreconditioning())
+    plain = query_vectors(chain, queries, damping=0.05, solver=CG(1e-5))
+    assert found.converged and relative(found.vectors[0], plain.vectors[0]) < 1e-2
+    solver = found.settings["steps"][0]["solver"]
+    assert solver["precision"] == "bfloat16" and solver["name"] == "cg"
+
+
+def test_operators_without_a_network_are_refused() -> None:
+    right = {"x": torch.ones(2)}
+    with pytest.raises(BadInput, match="the curvature of a stage"):
+        Refined(CG())(Matrix(right, torch.eye(2)), right)
