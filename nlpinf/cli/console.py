@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nlpinf.scoring import ScoredRow
+from nlpinf.scoring import ScoredDocument, ScoredRow
 
 err = Console(stderr=True)
 out = Console(soft_wrap=False)
@@ -106,6 +106,20 @@ def rows_table(rows: list[ScoredRow], title: str) -> Table:
     for row in rows:
         times = [str(row.count)] if counted else []
         table.add_row(f"{row.score:+.4g}", f"{row.predicted_change:+.2e}", str(row.row), *times, shown(row.text))
+    return table
+
+
+def documents_table(documents: list[ScoredDocument], texts: Mapping[int, str], title: str) -> Table:
+    """Return a table of scored documents, with their texts where these are known by number."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_lines=False, box=None, padding=(0, 1))
+    for name in ("score", "change if removed", "document", "tokens", "in rows"):
+        table.add_column(name, justify="right")
+    if texts:
+        table.add_column("text", ratio=1, overflow="fold")
+    for d in documents:
+        place = str(d.first_row) if d.rows == 1 else f"{d.rows} from {d.first_row}"
+        text = [shown(texts[d.document])] if texts else []
+        table.add_row(f"{d.score:+.4g}", f"{d.predicted_change:+.2e}", str(d.document), str(d.tokens), place, *text)
     return table
 
 

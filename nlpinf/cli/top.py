@@ -1,13 +1,23 @@
-"""nlpinf top: the most harmful or helpful rows of a scores folder."""
+"""nlpinf top: the most harmful or helpful rows, or documents, of a scores folder."""
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 
 import typer
 
 from nlpinf.cli import console
-from nlpinf.scoring import Scores
+from nlpinf.data.sources import find, texts_at
+from nlpinf.errors import BadInput
+from nlpinf.scoring import Documents, Scores
+
+
+class By(str, Enum):
+    """What is ranked."""
+
+    row = "row"
+    document = "document"
 
 
 def add(app: typer.Typer) -> None:
@@ -20,6 +30,9 @@ def top(
     count: int = typer.Option(20, "--count", "-n", help="Rows to show."),
     query: int = typer.Option(0, help="Number of the query, from 0."),
     helpful: bool = typer.Option(False, "--helpful", help="The most helpful rows instead of the most harmful."),
+    by: By = typer.Option(By.row, help="Rank rows, or the documents that packed rows hold pieces of."),
+    corpus: str | None = typer.Option(None, help="With --by document: the corpus before packing, to show its texts."),
+    text_column: str = typer.Option("text", help="The column or key of its texts."),
     json_: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Show the most harmful rows, or the most helpful ones.
@@ -27,9 +40,21 @@ def top(
     Example: nlpinf top scores --count 20
     """
     opened = Scores.open(scores)
+    told = {"query": opened.queries[opened.index_of(query)], "m": opened.m}
+    title = f"Most {'helpful' if helpful else 'harmful'} for: {console.shown(told['query'])}"
+    if by is By.document:
+        documents = Documents.of(opened).top(count, query, helpful)
+        texts = {} if corpus is None else texts_at(find(corpus, text_column), [d.document for d in documents])
+        if json_:
+            rows = [{**vars(d), **({"text": texts[d.document]} if texts else {})} for d in documents]
+            console.print_json({**told, "documents": rows})
+        else:
+            console.out.print(console.documents_table(documents, texts, title))
+        return
+    if corpus is not None:
+        raise BadInput("--corpus was given without --by document; rows have their texts in the scores folder")
     rows = opened.top(count, query, helpful)
     if json_:
-        console.print_json({"query": opened.queries[query], "m": opened.m, "rows": [console.row_dict(r) for r in rows]})
+        console.print_json({**told, "rows": [console.row_dict(r) for r in rows]})
         return
-    kind = "helpful" if helpful else "harmful"
-    console.out.print(console.rows_table(rows, f"Most {kind} for: {console.shown(opened.queries[query])}"))
+    console.out.print(console.rows_table(rows, title))

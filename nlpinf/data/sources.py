@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +100,20 @@ def kept(source: Source, empty: EmptyPolicy) -> Iterator[tuple[np.ndarray, pa.Ar
         texts = block.texts if len(there) == len(blank) else block.texts.take(pa.array(there))
         yield there + first, texts, int(blank.sum())
         first += len(blank)
+
+
+def texts_at(source: Source, rows: Collection[int]) -> dict[int, str]:
+    """Return the texts of the rows of these numbers; one pass, as far as the last of them. `BadInput` if one is not there."""
+    wanted, found, first = np.unique(np.asarray(list(rows), np.int64)), {}, 0
+    for block in source.blocks():
+        here = wanted[(wanted >= first) & (wanted < first + len(block.texts))]
+        found |= {int(row): block.texts[int(row) - first].as_py() or "" for row in here}
+        first += len(block.texts)
+        if len(found) == len(wanted):
+            return found
+    if len(found) < len(wanted):
+        raise BadInput(f"{source.name}: has {first} rows and no row {wanted[-1]}; give the corpus that was scored")
+    return found
 
 
 def is_empty(texts: pa.Array) -> np.ndarray:

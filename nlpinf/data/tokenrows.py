@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,19 @@ class TokenRows(Sequence[Any]):
     def documents(self, index: int) -> list[tuple[int, int]]:
         """Return (document, place of its first token in the row) for packed row `index`, in the row's order."""
         return list(zip(self._table["documents"][index].as_py(), self._table["starts"][index].as_py()))
+
+    def documents_of(self, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Return the document of the token at place `places[k]` of packed row `rows[k]` (a position here), (I,) int64."""
+        keys, documents, width = self._pieces
+        return documents[np.searchsorted(keys, rows * width + places, side="right") - 1]
+
+    @cached_property
+    def _pieces(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """The places of all documents' first tokens, rows laid end to end at one width; the documents; the width."""
+        starts, width = self._table["starts"], self.longest + 1
+        flat = pc.list_flatten(starts).to_numpy().astype(np.int64)
+        owner = np.repeat(np.arange(len(self)), pc.list_value_length(starts).to_numpy())
+        return owner * width + flat, pc.list_flatten(self._table["documents"]).to_numpy(), width
 
     def texts(self, start: int, stop: int) -> pa.Array | None:
         """Return the texts of the rows from `start` to `stop`, as recorded or as the tokenizer spells the ids."""

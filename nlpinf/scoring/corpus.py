@@ -19,6 +19,7 @@ from nlpinf.data.sources import EmptyPolicy
 from nlpinf.errors import BadInput
 from nlpinf.influence import QueryVectors
 from nlpinf.parameters import Parameters
+from nlpinf.scoring.documents import write_documents
 from nlpinf.scoring.feed import Feed, Part, deduped, feed_of
 from nlpinf.scoring.manifest import scores_manifest
 from nlpinf.scoring.rows import Mode, RowScorer, Tick
@@ -90,7 +91,9 @@ def score(
     if feed.repeats is not None:
         write_repeats(store.folder, feed.repeats.rows, feed.repeats.first)
     Worker(store, feed, make, shard, progress).run()
-    return Scores.open(store.folder, partial=shard is not None)
+    scores = Scores.open(store.folder, partial=shard is not None)
+    write_documents(scores)
+    return scores
 
 
 def _in_memory(manifest: dict[str, Any], feed: Feed, make: Make, progress: Progress | None) -> Scores:

@@ -9,7 +9,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,17 @@ Blocks = Callable[[], Iterator[tuple[np.ndarray, pa.Array, int]]]
 
 @dataclass(frozen=True)
 class Part:
-    """Rows in a row: their numbers (n,) int64, their texts if they have any, and the examples that the task takes."""
+    """Rows in a row: their numbers (n,) int64, their texts if they have any, and the examples that the task takes.
+
+    Of packed rows, `documents` tells the document (I,) of the tokens at given places (I,) of given rows of the part (I,).
+    """
 
     number: int
     rows: np.ndarray
     texts: pa.ChunkedArray | None
     read: Callable[[], Sequence[Any]]
     counts: np.ndarray | None = None
+    documents: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
     @cached_property
     def examples(self) -> Sequence[Any]:
@@ -59,6 +63,7 @@ class Feed(ABC):
     chosen: np.ndarray | None = None  # (total,) bool
     counts: np.ndarray | None = None  # (size,) int32
     repeats: Repeats | None = None
+    packed: bool = False  # whether rows hold pieces of several documents
 
     @property
     def size(self) -> int:
@@ -225,6 +230,7 @@ class SequenceFeed(Feed):
         self.path = getattr(data, "path", None)
         self.skipped = dict(getattr(data, "skipped", {}))
         self.total = len(data)
+        self.packed = bool(getattr(data, "packed", False))
 
     @cached_property
     def sha256(self) -> str:  # type: ignore[override]
@@ -252,8 +258,15 @@ class SequenceFeed(Feed):
                 first = int(here[0])
                 block = self._data.texts(first, int(here[-1]) + 1)  # type: ignore[attr-defined]
                 texts = pa.chunked_array([block.take(pa.array(here - first))])
-            read: Callable[[], Sequence[Any]] = lambda here=here: [self._data[int(i)] for i in here]  # type: ignore[misc]  # noqa: E731
-            yield Part(part, self.all_rows[here], texts, read)
+            yield Part(part, self.all_rows[here], texts, partial(self._read, here), None, self._documents(here))
+
+    def _read(self, here: np.ndarray) -> list[Any]:
+        return [self._data[int(i)] for i in here]
+
+    def _documents(self, here: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+        if not self.packed:
+            return None
+        return lambda rows, places: self._data.documents_of(here[rows], places)  # type: ignore[attr-defined]
 
 
 def feed_of(corpus: Any, empty: EmptyPolicy = "error") -> Feed:

@@ -36,6 +36,8 @@ def scores_manifest(vectors: QueryVectors, feed: Feed, scorer: RowScorer, part_r
     }
     if feed.counts is not None:
         identity["dedupe"] = True
+    if feed.packed and scorer.token_scores:
+        identity["documents"] = True
     queries = [
         {
             "name": query.name,

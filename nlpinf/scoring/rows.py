@@ -27,8 +27,8 @@ FORWARD_QUERIES = 1  # measured: two queries cost 5.7 forward passes in forward 
 class RowScores:
     """Results in the order of the rows given: `scores` (n, queries), `losses` (n,), `tokens` (n,), float64 and int64.
 
-    With item scores also `items` (I, queries) in the rows' order, `targets` (I,) and `positions` (I,), of which row i
-    has `tokens[i]`.
+    With item scores also `items` (I, queries) in the rows' order, `targets` (I,), `positions` (I,) of the outputs that
+    predict them, and their own `places` (I,) in the example, of which row i has `tokens[i]`.
     """
 
     scores: np.ndarray
@@ -37,6 +37,7 @@ class RowScores:
     items: np.ndarray | None = None
     targets: np.ndarray | None = None
     positions: np.ndarray | None = None
+    places: np.ndarray | None = None
 
 
 class RowScorer:
@@ -95,7 +96,9 @@ class RowScorer:
             return RowScores(scores, losses, tokens)
         owner, values, targets, positions = (np.concatenate(column) for column in zip(*items))
         order = np.argsort(owner, kind="stable")
-        return RowScores(scores, losses, tokens, values[order], targets[order], positions[order])
+        positions = positions[order]
+        places = positions + self.stage.task.ahead
+        return RowScores(scores, losses, tokens, values[order], targets[order], positions, places)
 
     def arrange(self, examples: Sequence[Any]) -> tuple[list[Any], list[list[int]]]:
         """Return the encoded examples and which of them share a batch, the longest first."""

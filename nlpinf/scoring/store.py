@@ -192,7 +192,7 @@ class Scores:
 
     def column(self, query: int | str = 0) -> np.ndarray:
         """Return the scores of a query, by number or name, in the order of `rows`: (N,) float32."""
-        index = self._query(query)
+        index = self.index_of(query)
         return np.concatenate([self.scores_of(table, index) for table in self.tables(["score"])])
 
     def top(self, k: int = 20, query: int | str = 0, helpful: bool = False) -> list[ScoredRow]:
@@ -203,7 +203,7 @@ class Scores:
         """
         if k < 1:
             raise BadInput(f"top {k} rows were asked for; give a number of at least 1")
-        index, sign = self._query(query), (1 if helpful else -1)
+        index, sign = self.index_of(query), (1 if helpful else -1)
         best = np.empty((0, 4))  # key, row, part, position: float64 holds integers to 2^53
         screened = "exact" in self.columns
         for number, table in enumerate(self.tables(["row", "score", *(["exact"] if screened else [])])):
@@ -253,7 +253,8 @@ class Scores:
             return column.to_numpy()
         return column.flatten().to_numpy().reshape(len(table), len(self.queries))[:, index]
 
-    def _query(self, query: int | str) -> int:
+    def index_of(self, query: int | str) -> int:
+        """Return the number of a query that is told by number or name; raise `BadInput` if there is none."""
         if isinstance(query, str):
             if query not in self.queries:
                 raise BadInput(

@@ -41,6 +41,9 @@ def table(result: RowScores, part: Part, text: bool = True) -> pa.Table:
         )
         columns["token_ids"] = pa.ListArray.from_arrays(offsets, pa.array(result.targets.astype(np.int32)))
         columns["token_positions"] = pa.ListArray.from_arrays(offsets, pa.array(result.positions.astype(np.int32)))
+        if part.documents is not None and result.places is not None:
+            whose = part.documents(np.repeat(np.arange(len(numbers)), result.tokens), result.places)
+            columns["token_documents"] = pa.ListArray.from_arrays(offsets, pa.array(whose))
     if part.counts is not None:
         columns["count"] = pa.array(part.counts.astype(np.int32))
     if text and part.texts is not None:

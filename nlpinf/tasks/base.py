@@ -81,6 +81,7 @@ class Task(ABC):
 
     name: str
     loss: OutputLoss
+    ahead: int = 0  # from the place whose output predicts an item to the item's own place in the example
 
     @abstractmethod
     def encode(self, examples: Sequence[Any]) -> list[Any]:

@@ -196,6 +196,7 @@ class CausalLM(_LanguageModel):
         if boundaries and (tokenizer.bos_token_id is None or tokenizer.eos_token_id is None):
             raise BadInput("boundaries need a tokenizer with bos_token and eos_token; set both or leave boundaries off")
         self.boundaries, self.uncounted = boundaries, tuple(int(i) for i in uncounted)
+        self.ahead = 0 if boundaries else 1  # a begin token in front moves the others by one
 
     def encode(self, examples: Sequence[Any]) -> list[list[int]]:
         encoded = super().encode(examples)
