@@ -164,7 +164,9 @@ def _data(folder: Path, record: dict[str, Any], data: Any, task: Task) -> Any:
     where = data if data is not None else recorded.get("path")
     if where is None:
         file = folder / RECORD if (folder / RECORD).exists() else folder
-        raise BadInput(f"{file}: no data location is recorded; give the run's data (--corpus, --train, or data=...)")
+        raise BadInput(
+            f"{file}: no data location is recorded; give the run's data (--corpus or --train, in a check --data, in Python data=...)"
+        )
     path = shipped.resolve(where)
     if not path.is_absolute() and (folder / path).exists() and (data is None or not path.exists()):
         path = folder / path

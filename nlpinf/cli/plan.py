@@ -37,6 +37,7 @@ def plan(
     rows: int = typer.Option(300, help="Rows to measure, at least; more make the plan surer.", min=1),
     processes: int = typer.Option(8, help="Plan for 1, 2, 4, ... up to so many processes.", min=1),
     price: float | None = typer.Option(None, help="Price of a process for an hour, in any currency.", min=0),
+    trust_remote_code: bool = typer.Option(False, help="Run code that lies in the model's folder."),
     json_: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Measure a few hundred rows and say how long the whole corpus will take, in how much memory, disk and money.
@@ -51,7 +52,7 @@ def plan(
         raise BadInput(f"--mode {mode} is none of auto, forward, reverse")
     began = time.perf_counter()
     source = None if corpus is None else find(corpus, text_column, split)
-    vectors = querystore.load(query, run=pretrain)
+    vectors = querystore.load(query, run=pretrain, trust_remote_code=trust_remote_code)
     loading = time.perf_counter() - began
     feed = feed_of(vectors.stage.data) if source is None else StreamFeed.of(source, empty)  # type: ignore[arg-type]
     found = plan_of(

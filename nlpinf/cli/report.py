@@ -23,6 +23,7 @@ def report(
     query: Path | None = typer.Option(None, "--query", help="Query folder: shades the words of the sentences shown."),
     pretrain: Path | None = typer.Option(None, help="The pretraining run, where it was moved since the query."),
     examples: int = typer.Option(20, help="Sentences in each table."),
+    trust_remote_code: bool = typer.Option(False, help="Run code that lies in the model's folder."),
     json_: bool = typer.Option(False, "--json", help="Print the path as JSON."),
 ) -> None:
     """Write one self-contained HTML page: warnings, verdicts, histogram, harmful and helpful sentences.
@@ -32,7 +33,7 @@ def report(
     opened = Scores.open(scores)
     shade = None
     if query is not None:
-        vectors = querystore.load(query, run=pretrain)
+        vectors = querystore.load(query, run=pretrain, trust_remote_code=trust_remote_code)
         shade = page.shader(vectors.stage, vectors.vectors)
     path = page.write(opened, out or scores.parent / "report.html", examples=examples, shade=shade)
     if json_:

@@ -53,6 +53,7 @@ def score(
     text: bool = typer.Option(True, help="Keep the texts beside the scores."),
     mode: str = typer.Option("auto", help="'forward', 'reverse' or 'auto'."),
     part_rows: int = typer.Option(8192, help="Rows in a part: what an interruption costs at most."),
+    trust_remote_code: bool = typer.Option(False, help="Run code that lies in the model's folder."),
     json_: bool = typer.Option(False, "--json", help="Print the manifest as JSON."),
 ) -> None:
     """Score every row of a corpus. Positive = harmful; removing a row changes the query by about −score/m.
@@ -70,7 +71,7 @@ def score(
     if screen is not None and (exact is None or share is not None or token_scores):
         raise BadInput("--screen takes a share such as 10%, and neither --shard nor --token-scores")
     source = None if corpus is None else find(corpus, text_column, split, streaming)
-    vectors = querystore.load(query, run=pretrain)
+    vectors = querystore.load(query, run=pretrain, trust_remote_code=trust_remote_code)
     feed = None if source is None else StreamFeed.of(source, empty)  # type: ignore[arg-type]
     with console.bars() as bars:
         progress = console.paced(bars, "score")

@@ -40,14 +40,15 @@ def top(
     Example: nlpinf top scores --count 20
     """
     opened = Scores.open(scores)
-    told = {"query": opened.queries[opened.index_of(query)], "m": opened.m}
-    title = f"Most {'helpful' if helpful else 'harmful'} for: {console.shown(told['query'])}"
+    name = opened.queries[opened.index_of(query)]
+    told = {"query": name, "m": opened.m}
+    title = f"Most {'helpful' if helpful else 'harmful'} for: {console.shown(name)}"
     if by is By.document:
         documents = Documents.of(opened).top(count, query, helpful)
         texts = {} if corpus is None else texts_at(find(corpus, text_column), [d.document for d in documents])
         if json_:
-            rows = [{**vars(d), **({"text": texts[d.document]} if texts else {})} for d in documents]
-            console.print_json({**told, "documents": rows})
+            shown = [{**vars(d), **({"text": texts[d.document]} if texts else {})} for d in documents]
+            console.print_json({**told, "documents": shown})
         else:
             console.out.print(console.documents_table(documents, texts, title))
         return

@@ -104,7 +104,8 @@ def kept(source: Source, empty: EmptyPolicy) -> Iterator[tuple[np.ndarray, pa.Ar
 
 def texts_at(source: Source, rows: Collection[int]) -> dict[int, str]:
     """Return the texts of the rows of these numbers; one pass, as far as the last of them. `BadInput` if one is not there."""
-    wanted, found, first = np.unique(np.asarray(list(rows), np.int64)), {}, 0
+    wanted, first = np.unique(np.asarray(list(rows), np.int64)), 0
+    found: dict[int, str] = {}
     for block in source.blocks():
         here = wanted[(wanted >= first) & (wanted < first + len(block.texts))]
         found |= {int(row): block.texts[int(row) - first].as_py() or "" for row in here}

@@ -114,6 +114,48 @@ def test_the_command_line_takes_plain_folders(root: Path, tmp_path: Path) -> Non
     assert ended.status == 0 and "60 sentences" in ended.out, ended
 
 
+def test_check_takes_plain_folders_with_their_data(root: Path) -> None:
+    options = ["--max-length", 16, "--no-packed", "--examples", 2, "--json"]
+    runs = [root / "pretrain", root / "finetune"]
+    data = ["--data", root / "data/corpus.txt", "--data", root / "data/rows.jsonl"]
+    ended = nlpinf("check", *runs, *data, *options)
+    assert ended.status == 0, ended
+    for run, words in zip(ended.json, ("15 %", "mean over sentences")):
+        assert len(run["checks"]) >= 5 and any(words in line for line in run["assumed"])
+    refused(nlpinf("check", runs[0]), "pretrain", "no data location is recorded", "--data")
+    refused(nlpinf("check", *runs, *data[:2]), "--data", "1 times for 2 runs")
+
+
+CODE = """from transformers import BertForMaskedLM
+
+
+class Mine(BertForMaskedLM):
+    pass
+"""
+
+
+def test_code_of_the_folder_is_run_when_allowed_alone(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "pretrain"
+    shutil.copytree(root / "pretrain", run)
+    (run / "mine.py").write_text(CODE)
+    _config(auto_map={"AutoModelForMaskedLM": "mine.Mine"}, architectures=["BertForMaskedLM"])(run)
+    told = ["--corpus", root / "data/corpus.txt", "--no-packed", "--max-length", 16]
+    finetuned = ["--finetune", root / "finetune", "--train", root / "data/rows.jsonl", "--train-max-length", 16]
+    solve = ["--alpha", 0.2, "--damping", 1, "--tolerance", 0.1, "--sample", 8]
+    asked = ["--test", root / "data/rows.jsonl", "--out", tmp_path / "query"]
+    query = ["query", "--pretrain", run, *told, *finetuned, *solve, *asked]
+    trusted = "--trust-remote-code"
+    refused(nlpinf(*query), "mine.Mine", trusted)
+    assert nlpinf(*query, trusted).status == 0
+    score = ["score", "--query", tmp_path / "query", "--out", tmp_path / "scores"]
+    refused(nlpinf(*score), "mine.Mine", trusted)
+    assert not (tmp_path / "scores").exists()
+    assert nlpinf(*score, trusted).status == 0
+    check = ["check", run, "--data", root / "data/corpus.txt", "--no-packed", "--max-length", 16, "--examples", 2]
+    refused(nlpinf(*check), "mine.Mine", trusted)
+    assert nlpinf(*check, trusted).status == 0
+
+
 class _Trap:
     def __reduce__(self) -> Any:
         return (Path.touch, (Path("sprung"),))
