@@ -8,7 +8,7 @@ from typing import Any
 
 from nlpinf.adapters.arguments import read_arguments
 from nlpinf.adapters.folders import FORMAT, RECORD, read_json
-from nlpinf.adapters.names import task_of_class
+from nlpinf.adapters.names import CONFIG, task_of_class
 from nlpinf.adapters.peft import adapter_task
 from nlpinf.errors import BadInput
 
@@ -56,6 +56,8 @@ def describe(folder: Path, config: dict[str, Any], name: str, told: Told, limit:
         return default
 
     labelled = name == "sequence_classification"
+    if labelled and (glue := str(config.get("finetuning_task")).lower()) in _PAIR_TASKS:
+        raise of_pairs(f"{folder / CONFIG}: the finetuning task is {glue}")
     task: dict[str, Any] = {"name": name}
     if labelled:
         length = min(128, limit)
@@ -112,6 +114,8 @@ def describe(folder: Path, config: dict[str, Any], name: str, told: Told, limit:
     }
 
 
+_PAIR_TASKS = ("mrpc", "qnli", "qqp", "rte", "stsb", "wnli", "mnli")  # of GLUE, as run_glue.py writes them
+
 _KEPT = (
     "seed", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm", "warmup_steps",
@@ -140,6 +144,11 @@ def task_name(below: Path, config: dict[str, Any], told: Told, folder: Path) -> 
             f"{folder}: its problem type is {config['problem_type']}; a classifier here has one label of several a text"
         )
     return found[0]
+
+
+def of_pairs(told: str) -> BadInput:
+    """Return the error of a run on pairs of sentences."""
+    return BadInput(f"{told}, so it is on pairs of sentences, which no task here has; give a run on single texts")
 
 
 def _state(folder: Path) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def stage_from_run(
     content = {**content, "notes": [*content.get("notes", []), *notes]}
     if content.get("training", {}).get("label_smoothing_factor"):
         raise BadInput(f"{folder}: was trained with label smoothing, which no task here has; train without it to score")
+    if content.get("pairs"):
+        raise plain.of_pairs(f"{folder / RECORD}: the run's rows have a second segment")
     try:
         task = build_task({**content["task"], **changes.pop("task", {})}, words)
     except TypeError as error:

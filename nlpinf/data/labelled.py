@@ -14,6 +14,9 @@ from nlpinf.data.files import objects
 from nlpinf.data.shipped import resolve
 from nlpinf.errors import BadInput
 
+_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"))
+_SECOND = {one: other for pair in _PAIRS for one, other in (pair, pair[::-1])}
+
 
 def read_rows(
     where: str | Path,
@@ -64,6 +67,11 @@ def read_examples(
                 raise BadInput(
                     f"{where}: {place} has no column {column!r}, but {', '.join(map(repr, list(row)[:6]))}; name it with --text-column or --label-column"
                 )
+        other = _SECOND.get(text_column, text_column)
+        if other != text_column and isinstance(row.get(other), str):
+            raise BadInput(
+                f"{where}: {place} is a pair of sentences, {text_column!r} and {other!r}, which no task here has; remove the column if the model read one of them alone"
+            )
         text, label = row[text_column], row[label_column]
         if not isinstance(text, str) or not text.strip():
             raise BadInput(f"{where}: {place}: {text_column!r} is empty or no string; remove the row")

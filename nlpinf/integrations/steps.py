@@ -125,22 +125,22 @@ class StepLog:
     """
 
     def __init__(self, path: Path, step: int) -> None:
+        self.path = path
         resumed = path.exists() and path.stat().st_size > 0
-        whole = not resumed or path.read_bytes()[-1:] == b"\n"
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        if not whole:
-            self._file.write("\n")  # the run was killed within a line
+        if resumed and path.read_bytes()[-1:] != b"\n":
+            self._append("\n")  # the run was killed within a line
         if resumed:
             self.write({"resumed": step})
+        else:
+            self._append("")
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append a line and hand it to the system."""
-        self._file.write(json.dumps(entry, separators=(",", ":")) + "\n")
-        self._file.flush()
+        self._append(json.dumps(entry, separators=(",", ":")) + "\n")
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def _append(self, text: str) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(text)
 
 
 def read_steps(run: str | Path, last: int | None = None) -> list[dict[str, Any]]:

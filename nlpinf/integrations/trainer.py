@@ -73,6 +73,9 @@ class StageRecorder(TrainerCallback):
             _log.warning("label smoothing is on: nlpinf has no task with it, so this run cannot be scored")
         rows = self._write_rows(folder, loader, _tokenizer(kwargs, collator))
         self._record = _describe(args, model, collator, kwargs, rows)
+        if rows is not None and rows["pairs"]:
+            _log.warning("rows are pairs of sentences: nlpinf has no task of them, so this run cannot be scored")
+            self._record["pairs"] = True
         if "data" in self._record and self.corpus is not None:
             self._record["data"] |= {"path": str(Path(self.corpus).resolve())}
             self._record["data"]["reading"] = {"text_column": self.text_column}
@@ -125,7 +128,6 @@ class StageRecorder(TrainerCallback):
         """Write the record into the output folder, where `save_model` puts the weights afterwards."""
         if self._steps is None:
             return
-        self._steps.close()
         self._steps = None
         best = (
             {} if state.best_model_checkpoint is None else {"best_checkpoint": Path(state.best_model_checkpoint).name}
@@ -139,7 +141,8 @@ class StageRecorder(TrainerCallback):
             return None
         with _untouched_randomness():
             pad = [] if getattr(words, "pad_token_id", None) is None else [words.pad_token_id]
-            return write_rows(folder / ROWS_FILE, _numbered(dataset, self.dataset), ids=self.corpus is None, count=pad)
+            pairs = _Pairs(_numbered(dataset, self.dataset))
+            return {**write_rows(folder / ROWS_FILE, pairs, ids=self.corpus is None, count=pad), "pairs": pairs.found}
 
 
 def _progress(state: Any) -> dict[str, Any]:
@@ -289,10 +292,24 @@ def _numbered(dataset: Any, kept: Any) -> Iterator[dict[str, Any]]:
     extras = [] if kept is None else [n for n in ("row", "text", "documents", "starts") if n in _columns(kept)]
     for row, more in zip(_plain_rows(dataset), _plain_rows(kept) if extras else repeat({})):
         found = {"input_ids": row["input_ids"], **{n: more[n] for n in extras}}
+        if "token_type_ids" in row:
+            found["pair"] = bool(np.any(row["token_type_ids"]))
         for name in ("label", "labels", "label_ids"):
             if name in row and np.ndim(row[name]) == 0:
                 found["label"] = int(row[name])
         yield found
+
+
+class _Pairs:
+    """Passes rows on and notes whether one of them is a pair of sentences, told by its segments (token_type_ids)."""
+
+    def __init__(self, rows: Iterator[dict[str, Any]]) -> None:
+        self._rows, self.found = rows, False
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for row in self._rows:
+            self.found |= row.pop("pair", False)
+            yield row
 
 
 def _columns(dataset: Any) -> Any:

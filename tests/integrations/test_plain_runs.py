@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from safetensors.torch import load_file, save_file
+from transformers import BertForSequenceClassification
 
 from nlpinf.adapters.arguments import read_arguments
 from nlpinf.adapters.chains import chain_from_runs, open_chain
@@ -62,19 +64,62 @@ def test_a_chain_of_plain_folders_says_what_it_assumed(root: Path) -> None:
     assert "no weight decay" in "\n".join(opened.facts["assumed"]["finetune"])
 
 
-def test_alpha_is_fitted_where_nobody_gave_one(root: Path) -> None:
-    from nlpinf.proximity import fit_proximity
+def _stepped(root: Path, run: Path, size: float) -> float:
+    """Make `run` the finetuned run with W** = W* + size · ∇_W F(W*, Θ*); return α̂ = −⟨∇_W F(W**), Δ⟩ / (2 ‖Δ‖²).
 
-    pair = [root / "pretrain", root / "finetune"]
-    given = chain_from_runs(pair, alpha=0.1, told=_told(root))
-    expected = fit_proximity(*given.stages)
-    if expected.alpha <= 0:
-        with pytest.raises(BadInput, match="finetune: the fitted proximity"):
-            open_chain(pair, told=_told(root))
-        return
-    opened = open_chain(pair, told=_told(root))
-    assert opened.chain.links[1].alpha == pytest.approx(expected.alpha)
-    assert any("α̂" in line and "relative residual" in line for line in opened.lines)
+    Gradients are those of the model's own loss, in double precision.
+    """
+    shutil.copytree(root / "finetune", run)
+    model = BertForSequenceClassification.from_pretrained(run)
+    start = {n: t for n, t in load_file(root / "pretrain/model.safetensors").items() if n.startswith("bert.")}
+    model.load_state_dict(start, strict=False)
+
+    def gradient() -> dict[str, torch.Tensor]:
+        double = copy.deepcopy(model).double().eval()
+        encoded = [
+            (torch.tensor([tokenizer()(r["text"])["input_ids"]]), torch.tensor([r["label"]])) for r in labelled()
+        ]
+        loss = sum(double(input_ids=ids, labels=label).loss for ids, label in encoded) / len(encoded)
+        loss.backward()
+        return {n: p.grad for n, p in double.named_parameters() if n in start}
+
+    named = dict(model.named_parameters())
+    for name, slope in gradient().items():
+        named[name].data += size * slope
+    model.save_pretrained(run)
+    slopes = gradient()
+    moved = {n: t.double() - start[n].double() for n, t in load_file(run / "model.safetensors").items() if n in start}
+    return float(
+        -sum((slopes[n] * moved[n]).sum() for n in slopes) / (2 * sum(d.square().sum() for d in moved.values()))
+    )
+
+
+def _query(root: Path, run: Path, out: Path) -> list[Any]:
+    rows = root / "data/rows.jsonl"
+    return [
+        "query", "--pretrain", root / "pretrain", "--corpus", root / "data/corpus.txt", "--no-packed", "--max-length", 16,
+        "--finetune", run, "--train", rows, "--train-max-length", 16, "--test", rows, "--out", out, "--sample", 8,
+        "--damping", 1, "--tolerance", 0.1,
+    ]  # fmt: skip
+
+
+def test_alpha_is_fitted_where_nobody_gave_one(root: Path, tmp_path: Path) -> None:
+    expected = _stepped(root, tmp_path / "finetune", -0.5)  # downhill
+    assert expected > 0.1
+    ended = nlpinf(*_query(root, tmp_path / "finetune", tmp_path / "query"))
+    assert ended.status == 0 and f"α̂ = {expected:.3g}" in ended.out and "relative residual" in ended.out, ended
+    manifest = json.loads((tmp_path / "query/manifest.json").read_text())
+    assert manifest["found"]["fitted"][0]["alpha"] == pytest.approx(expected, rel=1e-4)
+    chain = open_chain([root / "pretrain", tmp_path / "finetune"], told=_told(root)).chain
+    assert chain.links[1].alpha == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_that_moved_uphill_has_no_alpha(root: Path, tmp_path: Path) -> None:
+    assert _stepped(root, tmp_path / "finetune", 0.5) < -0.1
+    command = _query(root, tmp_path / "finetune", tmp_path / "query")
+    refused(nlpinf(*command), "finetune: the fitted proximity α̂ is -", "--alpha")
+    assert not (tmp_path / "query").exists()
+    assert nlpinf(*command, "--alpha", 0.2).status == 0
 
 
 def test_an_encoder_that_equals_its_parents_was_frozen(root: Path, tmp_path: Path) -> None:
