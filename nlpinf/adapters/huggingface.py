@@ -85,12 +85,17 @@ def save_run(stage: Stage, folder: str | Path, **record: Any) -> Path:
     """Write a run folder: weights, config, tokenizer and nlpinf_stage.json; return its path.
 
     `record` adds to what the stage itself tells: parent, transfer, corpus location, training settings, seeds.
+    Raises `BadInput` for a task of one's own (see `openers.OPENERS`) and for a model without `save_pretrained`.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     opener = opener_of(stage.task.name)
+    if not callable(save := getattr(stage.model, "save_pretrained", None)):
+        raise BadInput(
+            f"{folder}: the model of stage {stage.name!r}, {type(stage.model).__name__}, has no save_pretrained, so no run folder can be made of it; score it in memory (nlpinf.query_vectors, nlpinf.score), or save it as a Hugging Face model"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     with quiet_loading():
-        stage.model.save_pretrained(folder)  # type: ignore[operator]
+        save(folder)
     opener.save_words(stage.task, folder)
     data = {"rows": stage.size, "sha256": examples_sha256(stage.data)}
     content = {

@@ -83,6 +83,14 @@ def test_other_data_and_settings_take_the_place_of_the_recorded(runs: Runs, tmp_
     assert changed.task.settings()["probability"] == 0.3
 
 
+def test_a_model_that_cannot_be_saved_is_refused(tmp_path: Path) -> None:
+    bare = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    stage = Stage(bare, CausalLM(tokenizer()), TEXTS, name="mine")
+    with pytest.raises(BadInput, match=r"stage 'mine', Sequential, has no save_pretrained.*in memory"):
+        save_run(stage, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_without_a_data_location_asks_for_it(runs: Runs, tmp_path: Path) -> None:
     save_run(runs.pretrain, tmp_path / "run")
     with pytest.raises(BadInput, match="no data location is recorded"):
