@@ -60,9 +60,9 @@ def pretrain(
         Reduction.example, help="The loss of a text: its mean, or its share of all tokens."
     ),
     empty: Empty = typer.Option(Empty.error, help="Empty lines."),
-    epochs: int = typer.Option(3, min=1),
-    batch_size: int = typer.Option(64, min=1),
-    learning_rate: float = typer.Option(1e-3),
+    epochs: int = typer.Option(3, help="Passes over the texts.", min=1),
+    batch_size: int = typer.Option(64, help="Texts in an optimizer step.", min=1),
+    learning_rate: float = typer.Option(1e-3, help="The highest learning rate, at the end of the warmup."),
     warmup: float = typer.Option(0.1, help="Share of the steps in which the learning rate rises."),
     weight_decay: float = typer.Option(1e-6, help="λ of the objective's λ/2 ‖θ‖²."),
     seed: int = typer.Option(0, help="Seed of weights, order, masks and negatives."),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from typer.main import get_command
 
 from nlpinf import Scores, Stage, querystore
 from nlpinf.cli.app import app
@@ -27,6 +28,18 @@ def test_help_has_an_example_and_tells_of_json(command: str) -> None:
     text = " ".join(ended.out.split())
     assert f"Example: nlpinf {command} " in text
     assert "--json" in text and "traceback" not in text.lower()
+
+
+def test_every_option_of_every_command_has_a_help_text() -> None:
+    commands = {"nlpinf": get_command(app), **get_command(app).commands}  # type: ignore[attr-defined]
+    assert set(ALL) < set(commands)
+    silent = [
+        f"{name} {parameter.opts[0]}"
+        for name, command in commands.items()
+        for parameter in command.params
+        if not (getattr(parameter, "help", None) or "").strip()
+    ]
+    assert silent == []
 
 
 def test_help_lists_every_command_with_its_first_line() -> None:
