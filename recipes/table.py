@@ -39,10 +39,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             random = [r["actual"]["value"] for r in result["removal"] if r["removed"].startswith("random")]
             removal = f"{harmful[0]['predicted']:+.4f}, {change(harmful[0]['actual'])}" if harmful else "–"
             drawn = ", ".join(f"{value:+.4f}" for value in random) or "–"
+            words = result["test"].get("bag_of_words_accuracy")
+            beside = "" if words is None else f"; bag of words {words:.3f}"
             took = "" if result["seconds"] is None else f"{result['seconds']:.0f} s on "
             lines.append(
                 f"| [{' '.join([name, case]).strip()}](results/{name}.json) | {ranged(result['test']['loss'], 3)} | "
-                f"{ranged(result['test']['accuracy'], 3)} | {removal} | {drawn} | `{result['command']}`, {result['date']}, "
+                f"{ranged(result['test']['accuracy'], 3)}{beside} | {removal} | {drawn} | `{result['command']}`, {result['date']}, "
                 f"seed {result['seed']}, {took}{kind(result)} |"
             )
     return "\n".join(lines)

@@ -40,7 +40,7 @@ def blocks(page: Path) -> list[tuple[str, str, int]]:
 
 def commands(page: Path) -> list[list[str]]:
     """The lines of a page's indented blocks that are commands of nlpinf, without its name."""
-    lines = page.read_text(encoding="utf-8").splitlines()
+    lines = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8")).splitlines()  # a line may go on in the next
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("    nlpinf ")]
 
 
