@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
 
 T = TypeVar("T")
@@ -47,21 +48,36 @@ def launched() -> int:
     return int(value) if value.isdecimal() else 1
 
 
+def device() -> torch.device:
+    """Return where runs are opened: NLPINF_DEVICE, which `nlpinf --device` sets; this process's own GPU of several."""
+    name = os.environ.get("NLPINF_DEVICE", "cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        made = torch.device(name)
+        if made.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError
+    except RuntimeError:
+        raise BadInput(f"the device {name!r} is not there; give cpu, or cuda on a machine with a GPU") from None
+    if made.type == "cuda" and made.index is None:
+        made = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return made
+
+
 @contextmanager
-def group(device: str | None = None) -> Iterator[None]:
+def group(backend: str | None = None) -> Iterator[None]:
     """Join the launcher's processes while the block runs; nothing happens without a launcher, or within a group.
 
-    `device` "cpu" or "cuda" (default: "cuda" where there is one). A process that ends with an error ends its
-    connections, at which the others' next sum raises.
+    `backend` "gloo" or "nccl" (default: by `device`). A process that ends with an error ends its connections, at which
+    the others' next sum raises.
     """
     if launched() == 1 or count() > 1:
         yield
         return
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU") != "true" else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
+    own = device()
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    dist.init_process_group(backend or ("nccl" if own.type == "cuda" else "gloo"), timeout=_PATIENCE)
     try:
         yield
         dist.barrier()

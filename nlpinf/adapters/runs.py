@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 from torch import nn
 
+from nlpinf import processes
 from nlpinf.adapters import plain
 from nlpinf.adapters.folders import FORMAT, RECORD, check_weights, one_line, read_json, weight_files
 from nlpinf.adapters.names import CONFIG, check_config, decayed
@@ -71,6 +72,7 @@ def stage_from_run(
         data = told.data
     kind = content["task"].get("name") if content is not None else plain.task_name(below, config, told, folder)
     model, words = _open(folder, below, kind, adapters, trust_remote_code, recorded)
+    model = model.to(processes.device())
     notes = _pad(kind, words)
     if content is None:
         content = plain.describe(folder, config, kind, told, _limit(words, config))

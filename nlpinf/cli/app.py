@@ -41,9 +41,13 @@ app = typer.Typer(
 @app.callback()
 def _options(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    device: str = typer.Option(
+        "auto", "--device", help="Where models run: cpu, cuda, cuda:1; auto: a GPU if there is one."
+    ),
     threads: int = typer.Option(0, "--threads", help="CPU threads to use; 0 leaves PyTorch's default.", min=0),
 ) -> None:
     os.environ["NLPINF_DEBUG"] = "1" if debug else ""
+    os.environ["NLPINF_DEVICE"] = device
     if threads:
         import torch
 

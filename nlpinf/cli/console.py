@@ -7,12 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from nlpinf import processes
 from nlpinf.scoring import ScoredDocument, ScoredRow
 
 err = Console(stderr=True)
@@ -86,6 +88,18 @@ def duration(seconds: float | None) -> str:
 def say(text: str) -> None:
     """Print one line on stdout as it is."""
     out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def in_group(command: Callable[..., None]) -> Callable[..., None]:
+    """Run a command in the group of processes that a launcher started, if one did; only the first of them prints."""
+
+    @wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        with processes.group():
+            err.quiet = out.quiet = not processes.main()
+            command(*arguments, **options)
+
+    return run
 
 
 def print_json(content: Any) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from nlpinf import querystore
+from nlpinf import processes, querystore
 from nlpinf.adapters.chains import open_chain
 from nlpinf.adapters.plain import Told
 from nlpinf.cli import console
@@ -17,7 +18,7 @@ from nlpinf.errors import BadInput
 from nlpinf.experiments.stages import misclassified as wrong_rows
 from nlpinf.influence import Relative, query_vectors
 from nlpinf.queries import Query
-from nlpinf.solvers import CG
+from nlpinf.solvers import CG, MINRES, Direct, LiSSA, Refined
 
 
 class CurvatureName(str, Enum):
@@ -26,11 +27,41 @@ class CurvatureName(str, Enum):
     ggn = "ggn"
     hessian = "hessian"
     fisher = "fisher"
+    auto = "auto"
+
+
+class SolverName(str, Enum):
+    """Solvers by name."""
+
+    cg = "cg"
+    minres = "minres"
+    lissa = "lissa"
+    direct = "direct"
+
+
+class PreconditionerName(str, Enum):
+    """Preconditioners by name."""
+
+    none = "none"
+    diagonal = "diagonal"
+    ekfac = "ekfac"
+    nystrom = "nystrom"
+    spectral = "spectral"
+
+
+class PrecisionName(str, Enum):
+    """Precisions of the products."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+_SOLVERS = {SolverName.cg: CG, SolverName.minres: MINRES, SolverName.lissa: LiSSA}
 
 
 def add(app: typer.Typer) -> None:
     """Register the command."""
-    app.command("query")(query)
+    app.command("query")(console.in_group(query))
 
 
 _UNRECORDED = "Runs without a record"
@@ -47,7 +78,15 @@ def query(
     misclassified: int = typer.Option(
         0, help="Add the losses of so many misclassified rows, the largest first.", min=0
     ),
-    curvature: CurvatureName = typer.Option(CurvatureName.ggn, help="Curvature operator of the solves."),
+    curvature: CurvatureName = typer.Option(
+        CurvatureName.ggn,
+        help="Curvature operator of the solves; auto: the Hessian where it is positive definite, else the GGN.",
+    ),
+    solver: SolverName = typer.Option(SolverName.cg, help="Solver; direct: EK-FAC's inverse, with its residual."),
+    preconditioner: PreconditionerName = typer.Option(PreconditionerName.none, help="Preconditioner of cg and lissa."),
+    precision: PrecisionName | None = typer.Option(
+        None, help="Make the products in low precision, refined to the same residual."
+    ),
     damping: float | None = typer.Option(None, help="Damping λ, absolute."),
     relative_damping: float = typer.Option(
         0.01, help="Damping as a multiple of the mean eigenvalue; used without --damping."
@@ -112,6 +151,14 @@ def query(
             raise BadInput(f"{option} is {value}; the damping must be a number of at least 0")
     if len(train) not in (0, len(finetune)):
         raise BadInput(f"--train was given {len(train)} times for {len(finetune)} finetuning runs; give it for each")
+    direct = solver is SolverName.direct
+    if direct and preconditioner is PreconditionerName.none:
+        preconditioner = PreconditionerName.ekfac
+    chosen_solver: Any = Direct(tolerance) if direct else _SOLVERS[solver](tolerance, max_iterations)
+    if precision is not None:
+        if solver is not SolverName.cg:
+            raise BadInput(f"--precision goes with --solver cg, not with {solver.value}")
+        chosen_solver = Refined(chosen_solver, precision.value)
     querystore.claim(out)
     told = [
         Told(
@@ -159,12 +206,15 @@ def query(
             queries,
             curvature=curvature.value,
             damping=Relative(relative_damping) if damping is None else damping,
-            solver=CG(tolerance, max_iterations),
+            solver=chosen_solver,
+            preconditioner=None if preconditioner is PreconditionerName.none else preconditioner.value,
             sample=sample,
             seed=seed,
             allow_unconverged=allow_unconverged,
             progress=lambda stage, k, residual: bars(f"solve {stage}", k, max_iterations, f"residual {residual:.1e}"),
         )
+    if not processes.main():
+        return
     querystore.save(vectors, out, chain, opened.facts)
     manifest = querystore.manifest(out)
     if json_:

@@ -42,7 +42,7 @@ def results(made: Chain) -> dict[str, Parameters]:
 def main(dtype: str, out: Path, dies: bool) -> None:
     """Run as one of the launched processes; with `dies`, the last of them ends in the middle of its third product."""
     torch.set_num_threads(1)
-    with processes.group("cpu"):
+    with processes.group("gloo"):
         if dies and processes.rank() == processes.count() - 1:
             product, calls = products_module.gauss_newton_product, iter(range(10**9))
 
