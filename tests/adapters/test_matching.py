@@ -113,7 +113,7 @@ def _lora(parent: Stage, folder: Path, heads: list[str]) -> Path:
     parent.model.save_pretrained(folder / "base")  # type: ignore[operator]
     tokenizer().save_pretrained(folder / "base")
     torch.manual_seed(2)
-    model = BertForSequenceClassification.from_pretrained(folder / "base", num_labels=2, dtype=torch.float64)
+    model = BertForSequenceClassification.from_pretrained(folder / "base", num_labels=2, torch_dtype=torch.float64)
     settings = LoraConfig(
         task_type="SEQ_CLS", r=2, target_modules=["query", "value"], modules_to_save=heads, lora_dropout=0.1
     )
