@@ -44,7 +44,7 @@ $(ALLENNLP)/.ready: pyproject.toml $(wildcard tests/requirements-allennlp*.txt) 
 	touch $@
 
 test-allennlp: $(ALLENNLP)/.ready
-	$(ALLENNLP)/bin/python -m pytest tests/interop tests/adapters tests/tasks
+	$(ALLENNLP)/bin/python -m pytest tests/interop tests/adapters tests/integrations tests/tasks
 
 # TensorFlow and AllenNLP do not run in one process, so this has its own environment too.
 TENSORFLOW ?= .venv-tensorflow

@@ -55,6 +55,8 @@ def test_evaluation_takes_experts_one_by_one() -> None:
     """Fused products of experts have no forward mode; the choice is put back, also when the inside raises."""
     model = gated_stage("mixtral").model
     wrapped = nn.Sequential(model)  # a model inside the user's own
+    if not hasattr(model.config, "_experts_implementation"):
+        pytest.skip("this version of transformers has one way of computing experts")
     before = model.config._experts_implementation
     assert before != "eager"
     with evaluation(wrapped):

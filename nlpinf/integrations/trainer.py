@@ -67,12 +67,12 @@ class StageRecorder(TrainerCallback):
             return
         folder = self.folder or Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        loader, model = kwargs["train_dataloader"], _bare(kwargs["model"])
+        loader, model = _handed("train_dataloader", kwargs, state), _bare(kwargs["model"])
         collator = _collator(loader)
         if args.label_smoothing_factor:
             _log.warning("label smoothing is on: nlpinf has no task with it, so this run cannot be scored")
         rows = self._write_rows(folder, loader, _tokenizer(kwargs, collator))
-        self._record = _describe(args, model, collator, kwargs, rows)
+        self._record = _describe(args, model, collator, _handed("optimizer", kwargs, state), kwargs, rows)
         if rows is not None and rows["pairs"]:
             _log.warning("rows are pairs of sentences: nlpinf has no task of them, so this run cannot be scored")
             self._record["pairs"] = True
@@ -89,7 +89,7 @@ class StageRecorder(TrainerCallback):
         """Note the learning rates, which the scheduler changes before the step is over."""
         self._batches = 1
         if self._steps is not None:
-            self._rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
+            self._rates = [group["lr"] for group in _handed("optimizer", kwargs, state).param_groups]
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the batches of an accumulated step."""
@@ -101,7 +101,7 @@ class StageRecorder(TrainerCallback):
             return
         entry: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch, 9)}
         entry["lr"] = [float(rate) for rate in self._rates]
-        if getattr(kwargs["optimizer"], "step_was_skipped", False):
+        if getattr(_handed("optimizer", kwargs, state), "step_was_skipped", False):
             entry["skipped"] = True  # an overflow in half precision
         if isinstance(self._rows, StepRows):
             entry["rows"] = self._rows.take(state.epoch, self._batches)
@@ -149,7 +149,15 @@ def _progress(state: Any) -> dict[str, Any]:
     return {"finished": state.global_step >= state.max_steps, "step": state.global_step, "epoch": state.epoch}
 
 
-def _describe(args: Any, model: Any, collator: Any, kwargs: Mapping[str, Any], rows: Any) -> dict[str, Any]:
+def _handed(name: str, kwargs: Mapping[str, Any], state: Any) -> Any:
+    """Return what the Trainer hands to callbacks; some of its versions put it into the state and None here."""
+    found = kwargs[name]
+    return getattr(state, name) if found is None else found
+
+
+def _describe(
+    args: Any, model: Any, collator: Any, optimizer: Any, kwargs: Mapping[str, Any], rows: Any
+) -> dict[str, Any]:
     """Return the record of a stage, all but its weights."""
     name = task_of_class(type(model).__name__)
     tokenizer = _tokenizer(kwargs, collator)
@@ -181,7 +189,6 @@ def _describe(args: Any, model: Any, collator: Any, kwargs: Mapping[str, Any], r
         ids = rows["ids"]
         left_out = sum(ids.get(i, 0) for i in task.get("uncounted", ()))
         items = {"items": rows["tokens"] - left_out - (0 if first else rows["rows"]), "counts_first_token": first}
-    optimizer = kwargs["optimizer"]
     plain = getattr(optimizer, "optimizer", optimizer)
     record: dict[str, Any] = {
         "format": FORMAT,

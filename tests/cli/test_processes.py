@@ -23,7 +23,16 @@ def test_two_processes_write_the_query_of_one(root: Path, tmp_path: Path) -> Non
         root / "run/data/test.jsonl", "--sample", 30, "--damping", 1, "--tolerance", 1e-5,
     ]  # fmt: skip
     assert nlpinf(*arguments, "--out", tmp_path / "one").status == 0
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "nlpinf", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
