@@ -64,9 +64,10 @@ def demo(result: dict[str, Any]) -> str:
         ),
         "",
         f"`{result['command']}`, {result['date']}, seed {result['seed']}, {result['seconds']:.0f} s on {kind(result)}: test loss "
-        f"{ranged(result['test']['loss'], 3)}, accuracy {ranged(result['test']['accuracy'], 3)} on {result['test']['rows']} reviews; "
-        "95 % intervals over the test rows. What removing rows at random does is what training again does of itself (taking out a "
-        "single row moves the test loss by a few thousandths); *beyond random* is the change less its average.",
+        f"{ranged(result['test']['loss'], 3)}, accuracy {ranged(result['test']['accuracy'], 3)} on {result['test']['rows']} reviews "
+        f"(a bag of words: {result['test']['bag_of_words_accuracy']:.3f}; the encoder is sized for minutes); 95 % intervals over the "
+        "test rows. What removing rows at random does is what training again does of itself; *beyond random* is the change less its "
+        "average.",
     ]
     return "\n".join(lines)
 

@@ -45,7 +45,10 @@ def execute(recipe: Recipe, out: Path, json_: bool, result: Path | None, command
         for case, runner in runners.items():
             outcomes[case] = runner.run(), runner.out
     if result is not None:
-        found = {case: measured(folder, command, outcome.seconds) for case, (outcome, folder) in outcomes.items()}
+        found = {
+            case: measured(folder, command, None if outcome.resumed else outcome.seconds)
+            for case, (outcome, folder) in outcomes.items()
+        }
         write_json(result, found if len(found) > 1 else next(iter(found.values())))
     contents = {case: _content(outcome, folder) for case, (outcome, folder) in outcomes.items()}
     if json_:

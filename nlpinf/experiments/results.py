@@ -37,8 +37,8 @@ def machine() -> dict[str, Any]:
     return {"cores": os.cpu_count(), "processor": processor, "memory_gib": round(pages / 2**30), "gpus": gpus}
 
 
-def measured(folder: str | Path, command: str, seconds: float) -> dict[str, Any]:
-    """Return the result of a finished recipe run in `folder`, made by `command` in `seconds`."""
+def measured(folder: str | Path, command: str, seconds: float | None) -> dict[str, Any]:
+    """Return the result of a finished recipe run in `folder`, made by `command` in `seconds`, None where that is not known."""
     folder = Path(folder)
     recipe = recipes.load(folder / "recipe.yaml")
     base = read_json(folder / "result.json", "a recipe run")
@@ -48,7 +48,7 @@ def measured(folder: str | Path, command: str, seconds: float) -> dict[str, Any]
         "recipe": recipe.name,
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
-        "seconds": round(seconds, 1),
+        "seconds": None if seconds is None else round(seconds, 1),
         "seed": recipe.seed,
         "machine": machine(),
         "versions": versions(),

@@ -32,7 +32,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a recipe gave: the scores, test loss and accuracy of the finetuned model, removals, the report's path, seconds."""
+    """What a recipe gave: the scores, test loss and accuracy of the finetuned model, removals, the report's path.
+
+    `seconds` is what this run took; `resumed` says that it found steps done before, so that the whole took longer.
+    """
 
     scores: Scores
     test_loss: float
@@ -40,6 +43,7 @@ class Outcome:
     removal: list[dict[str, Any]]
     report: Path
     seconds: float
+    resumed: bool = False
 
 
 class Runner:
@@ -97,13 +101,16 @@ class Runner:
     def run(self) -> Outcome:
         """Run what is missing and return the outcome."""
         start = time.monotonic()
+        resumed = any((self.out / done).exists() for done in (f"pretrain/{RECORD}", "result.json"))
         self._stages()
         self._query()
         scores = self._score()
         removal = self._remove(scores) if self.recipe.remove else []
         page = self._report(scores, removal)
         result = read_json(self.out / "result.json", "a recipe run")
-        return Outcome(scores, result["test_loss"], result["accuracy"], removal, page, time.monotonic() - start)
+        return Outcome(
+            scores, result["test_loss"], result["accuracy"], removal, page, time.monotonic() - start, resumed
+        )
 
     def _stages(self) -> None:
         pretrain, finetune = self.pretrain, self.out / "finetune"
