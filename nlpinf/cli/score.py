@@ -49,6 +49,10 @@ def score(
         None,
         help="INDEX/COUNT from 0, such as 3/64: do this share of the parts alone, for machines without a common disk.",
     ),
+    compress: float | None = typer.Option(
+        None,
+        help="Query vectors of low rank, whose scores err by this share of their spread at most, such as 0.05.",
+    ),
     token_scores: bool = typer.Option(False, help="Keep the score of every counted token."),
     text: bool = typer.Option(True, help="Keep the texts beside the scores."),
     mode: str = typer.Option("auto", help="'forward', 'reverse' or 'auto'."),
@@ -68,8 +72,8 @@ def score(
         raise BadInput(f"--mode {mode} is none of auto, forward, reverse")
     share = None if shard is None else Shard.parse(shard)
     exact = None if screen is None else Amount.parse(screen).share
-    if screen is not None and (exact is None or share is not None or token_scores):
-        raise BadInput("--screen takes a share such as 10%, and neither --shard nor --token-scores")
+    if screen is not None and (exact is None or share is not None or token_scores or compress is not None):
+        raise BadInput("--screen takes a share such as 10%, and none of --shard, --token-scores, --compress")
     source = None if corpus is None else find(corpus, text_column, split, streaming)
     vectors = querystore.load(query, run=pretrain, trust_remote_code=trust_remote_code)
     feed = None if source is None else StreamFeed.of(source, empty)  # type: ignore[arg-type]
@@ -97,6 +101,7 @@ def score(
                 text=text,
                 mode=mode,  # type: ignore[arg-type]
                 dedupe=dedupe,
+                compress=compress,
                 shard=share,
                 part_rows=part_rows,
                 progress=progress,
@@ -107,6 +112,13 @@ def score(
         return
     lacking = f"; {len(scores.missing):,} parts are missing still" if scores.missing else ""
     console.say(f"{len(scores):,} sentences, {len(scores.queries)} queries: {out}{lacking}")
+    if made := scores.manifest["scoring"].get("compression"):
+        measured = made["measured"]
+        console.say(
+            f"compressed: {made['multiplications']:.0%} of the products with query vectors; scores err by {measured['rms']:.1%} "
+            f"of their spread (at most {measured['max']:.1%}), rank correlation {measured['spearman']:.4f}, "
+            f"on {measured['rows']} rows scored both ways"
+        )
     for end in found:
         console.say(
             f"{end.query}: of the {end.share:.0%} most {end.end} rows {end.recall:.0%} were scored exactly "

@@ -19,9 +19,10 @@ from nlpinf.data.sources import EmptyPolicy
 from nlpinf.errors import BadInput
 from nlpinf.influence import QueryVectors
 from nlpinf.parameters import Parameters
+from nlpinf.scoring.compress import compression_of
 from nlpinf.scoring.documents import write_documents
 from nlpinf.scoring.feed import Feed, Part, deduped, feed_of
-from nlpinf.scoring.manifest import scores_manifest
+from nlpinf.scoring.manifest import scores_identity, scores_manifest
 from nlpinf.scoring.rows import Mode, RowScorer, Tick
 from nlpinf.scoring.shards import Make, Progress, Shard, Worker
 from nlpinf.scoring.store import Scores, Store, write_repeats
@@ -42,6 +43,7 @@ def score(
     mode: Mode = "auto",
     empty: EmptyPolicy = "error",
     dedupe: bool = False,
+    compress: float | None = None,
     shard: Shard | None = None,
     part_rows: int = PART_ROWS,
     batch_size: int | None = None,
@@ -62,6 +64,9 @@ def score(
     `empty`         texts of white space alone in a path: "error", or "skip", counted in the manifest
     `dedupe`        score equal texts once: the first row's score (and the first row's masks, for a masked language model)
                     stands for all; the column `count` says for how many, `duplicates.parquet` for which
+    `compress`      make do with query vectors of low rank, whose scores err by at most this many of the scores' standard
+                    deviations in the root mean square, measured on rows of the corpus, and rank them as the exact ones
+                    do to a correlation of at least 0.99; 0.05 is a good value. The manifest has what was measured
     `shard`         do no more than this share of the parts: `Shard(3, 64)`; the result then has the parts that are there
     `part_rows`     rows in a part: what is done again after an interruption, at most
     `batch_size`    sequences, `batch_tokens` padded tokens in a batch at most; default: the stage's, twice that for
@@ -78,9 +83,15 @@ def score(
     feed = feed_of(vectors.stage.data if corpus is None else corpus, empty)
     if dedupe:
         feed = deduped(feed)
-    scorer = RowScorer(vectors, mode, token_scores, batch_size, batch_tokens)
     text = text and feed.has_texts
-    manifest = scores_manifest(vectors, feed, scorer, part_rows, text)
+    identity = scores_identity(vectors, feed, part_rows, text, token_scores, compress)
+    compression = None
+    if out is not None:
+        Store.check(out, identity)
+    if compress is not None:
+        compression = compression_of(vectors, feed, compress, None if out is None else Path(out), identity)
+    scorer = RowScorer(vectors, mode, token_scores, batch_size, batch_tokens, compression)
+    manifest = scores_manifest(vectors, feed, scorer, identity)
 
     def make(part: Part, tick: Tick | None = None) -> pa.Table:
         return table(scorer(part.examples, part.rows.tolist(), tick), part, text)

@@ -88,6 +88,13 @@ class Feed(ABC):
     def choose(self, chosen: np.ndarray) -> Feed:
         """Return the feed of the rows at which `chosen`, (total,) bool, is true; they keep their numbers."""
 
+    def taken(self, places: np.ndarray) -> Part:
+        """Return the rows at these places of the feed, (n,) distinct, as one part, in the corpus's order."""
+        chosen = np.zeros(self.total, bool)
+        inside = np.arange(self.total) if self.chosen is None else np.flatnonzero(self.chosen)
+        chosen[inside[places]] = True
+        return next(iter(self.choose(chosen).parts([0], len(places))))
+
     def rows_sha256(self) -> str:
         """Return the sha256 of the numbers of the rows fed."""
         return hashlib.sha256(np.ascontiguousarray(self.rows, "<i8").tobytes()).hexdigest()

@@ -11,6 +11,7 @@ For one call of a layer on G groups (sequences, or single counted items) of T pl
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -55,15 +56,38 @@ class Groups:
         return padded.view(self.examples, self.longest * places, width)
 
 
-def bilinear(left: Tensor, right: Tensor, vectors: Tensor, groups: Groups) -> Tensor:
+class Matrices(ABC):
+    """Q matrices V_q of one parameter (r, c) that are not held entry by entry."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of matrices."""
+
+    @abstractmethod
+    def bilinear(self, left: Tensor, right: Tensor, groups: Groups) -> Tensor:
+        """Return Σ_t left_tᵀ V_q right_t by example (B, Q); left (G, T, r), right (G, T, c)."""
+
+    @abstractmethod
+    def chosen(self, ids: Tensor, right: Tensor, groups: Groups) -> Tensor:
+        """Return Σ_t V_q[id_t] · right_t by example (B, Q); ids (G, T), right (G, T, c)."""
+
+
+def bilinear(left: Tensor, right: Tensor, vectors: Tensor | Matrices, groups: Groups) -> Tensor:
     """Return Σ_t left_tᵀ V_q right_t by example; left (G, T, r), right (G, T, c), V (Q, r, c).
 
     Either V_q times `right` for each query, Q·G·T·r·c multiplications, or the examples' gradients Σ_t left_t right_tᵀ
     once and their inner products with all V_q, B·(T' + Q)·r·c with T' the most places of an example: the fewer.
     """
+    if isinstance(vectors, Matrices):
+        return vectors.bilinear(left, right, groups)
     places = groups.examples * groups.longest * left.shape[1]
     if len(vectors) * left.shape[0] * left.shape[1] <= places + groups.examples * len(vectors):
-        columns = [torch.linalg.vecdot(left, right @ v.T).sum(1) for v in vectors]
+        # The smaller of V right and Vᵀ left is made: of an output layer by the width, not by the vocabulary.
+        narrow = left.shape[2] > right.shape[2]
+        columns = [
+            torch.linalg.vecdot(left @ v, right).sum(1) if narrow else torch.linalg.vecdot(left, right @ v.T).sum(1)
+            for v in vectors
+        ]
         return groups.summed(torch.stack(columns, 1))
     left, right = groups.gathered(left).transpose(1, 2), groups.gathered(right)
     total = left.new_zeros(groups.examples, len(vectors))
@@ -78,7 +102,8 @@ def bilinear(left: Tensor, right: Tensor, vectors: Tensor, groups: Groups) -> Te
     return total
 
 
-Rule = Callable[[Any, tuple[Tensor, ...], Tensor, dict[str, Tensor], Groups], dict[str, Tensor]]
+Vectors = dict[str, Any]  # by local name: (Q, ...) tensors, or `Matrices` where the rule takes them
+Rule = Callable[[Any, tuple[Tensor, ...], Tensor, Vectors, Groups], dict[str, Tensor]]
 
 
 def _three(values: Tensor, trailing: int = 1) -> Tensor:
@@ -91,7 +116,7 @@ def _bias(delta: Tensor, vectors: Tensor, groups: Groups) -> Tensor:
 
 
 def linear(
-    module: Any, inputs: tuple[Tensor, ...], delta: Tensor, vectors: dict[str, Tensor], groups: Groups
+    module: Any, inputs: tuple[Tensor, ...], delta: Tensor, vectors: Vectors, groups: Groups
 ) -> dict[str, Tensor]:
     """Rule of `nn.Linear`, weight (out, in), and of transformers' `Conv1D`, weight (in, out)."""
     a, delta = _three(inputs[0]), _three(delta)
@@ -105,17 +130,19 @@ def linear(
 
 
 def embedding(
-    module: Any, inputs: tuple[Tensor, ...], delta: Tensor, vectors: dict[str, Tensor], groups: Groups
+    module: Any, inputs: tuple[Tensor, ...], delta: Tensor, vectors: Vectors, groups: Groups
 ) -> dict[str, Tensor]:
     """Rule of `nn.Embedding`."""
     delta = _three(delta)
     ids = inputs[0].expand(delta.shape[0], *inputs[0].shape[1:]).reshape(delta.shape[0], -1)
+    if isinstance(vectors["weight"], Matrices):
+        return {"weight": vectors["weight"].chosen(ids, delta, groups)}
     columns = [torch.linalg.vecdot(delta, F.embedding(ids, v)).sum(1) for v in vectors["weight"]]
     return {"weight": groups.summed(torch.stack(columns, 1))}
 
 
 def normalisation(
-    module: Any, inputs: tuple[Tensor, ...], delta: Tensor, vectors: dict[str, Tensor], groups: Groups
+    module: Any, inputs: tuple[Tensor, ...], delta: Tensor, vectors: Vectors, groups: Groups
 ) -> dict[str, Tensor]:
     """Rule of `nn.LayerNorm` and `nn.RMSNorm`."""
     shape = module.normalized_shape
@@ -133,7 +160,7 @@ def normalisation(
 
 
 def small(
-    module: Any, inputs: tuple[Tensor, ...], delta: Tensor, vectors: dict[str, Tensor], groups: Groups
+    module: Any, inputs: tuple[Tensor, ...], delta: Tensor, vectors: Vectors, groups: Groups
 ) -> dict[str, Tensor]:
     """Rule of any module with few parameters that works on each group alone: its vector-Jacobian product by group."""
     values = {n: p.detach() for n, p in module.named_parameters(recurse=False)}
@@ -146,6 +173,11 @@ def small(
 
     by_group = vmap(gradient)(inputs[0], delta)
     return {n: groups.summed(g.flatten(1) @ vectors[n].flatten(1).T) for n, g in by_group.items()}
+
+
+def takes_matrices(module: nn.Module, local: str) -> bool:
+    """Say whether the module's rule takes `Matrices` for its parameter of this name."""
+    return local == "weight" and rule_of(module) in (linear, embedding)
 
 
 def rule_of(module: nn.Module) -> Rule | None:

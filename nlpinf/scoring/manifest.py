@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -14,12 +15,18 @@ from nlpinf.scoring.store import FORMAT
 from nlpinf.stages import Stage, fingerprint
 
 
-def scores_manifest(vectors: QueryVectors, feed: Feed, scorer: RowScorer, part_rows: int, text: bool) -> dict[str, Any]:
-    """Return the manifest of a scores folder; `identity` in it is what must be the same."""
+def scores_identity(
+    vectors: QueryVectors,
+    feed: Feed,
+    part_rows: int,
+    text: bool = True,
+    token_scores: bool = False,
+    compress: float | None = None,
+) -> dict[str, Any]:
+    """Return what must be the same for a scores folder to be gone on with; the arguments are those of `nlpinf.score`."""
     stage = vectors.stage
-    digests = [fingerprint(vector) for vector in vectors.vectors]
     identity = {
-        "queries": digests,
+        "queries": [fingerprint(vector) for vector in vectors.vectors],
         "weights_sha256": fingerprint(stage.parameters),
         "corpus_sha256": feed.sha256,
         "rows": feed.size,
@@ -29,15 +36,23 @@ def scores_manifest(vectors: QueryVectors, feed: Feed, scorer: RowScorer, part_r
         "items": stage.items if stage.reduction == "token" else None,
         "task": stage.task.settings(),
         "tokenizer_sha256": _tokenizer_sha256(stage),
-        "token_scores": scorer.token_scores,
+        "token_scores": token_scores,
         "text": text,
         "part_rows": part_rows,
         "parts": math.ceil(feed.size / part_rows),
     }
     if feed.counts is not None:
         identity["dedupe"] = True
-    if feed.packed and scorer.token_scores:
+    if feed.packed and token_scores:
         identity["documents"] = True
+    if compress is not None:
+        identity["compress"] = compress
+    return identity
+
+
+def scores_manifest(vectors: QueryVectors, feed: Feed, scorer: RowScorer, identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a scores folder of this identity."""
+    stage = vectors.stage
     queries = [
         {
             "name": query.name,
@@ -46,8 +61,17 @@ def scores_manifest(vectors: QueryVectors, feed: Feed, scorer: RowScorer, part_r
             "converged": all(solution.converged for solution in verdicts.values()),
             "verdicts": {name: solution.summary() for name, solution in verdicts.items()},
         }
-        for query, value, digest, verdicts in zip(vectors.queries, vectors.values, digests, vectors.verdicts)
+        for query, value, digest, verdicts in zip(
+            vectors.queries, vectors.values, identity["queries"], vectors.verdicts
+        )
     ]
+    scoring: dict[str, Any] = {
+        "mode": scorer.mode,
+        "batch_size": scorer.batch_size,
+        "batch_tokens": scorer.batch_tokens,
+    }
+    if scorer.compression is not None:
+        scoring["compression"] = scorer.compression.summary()
     return {
         "kind": "scores",
         "format": FORMAT,
@@ -59,14 +83,19 @@ def scores_manifest(vectors: QueryVectors, feed: Feed, scorer: RowScorer, part_r
         "query_vectors": vectors.settings,
         "stage": stage.name,
         "corpus": {"path": feed.path, "rows": feed.size, "skipped": feed.skipped},
-        "scoring": {"mode": scorer.mode, "batch_size": scorer.batch_size, "batch_tokens": scorer.batch_tokens},
+        "scoring": scoring,
         "versions": {name: _version(name) for name in ("nlpinf", "torch", "transformers", "pyarrow")},
     }
 
 
 def _tokenizer_sha256(stage: Stage) -> str | None:
     backend = getattr(getattr(stage.task, "tokenizer", None), "backend_tokenizer", None)
-    return None if backend is None else hashlib.sha256(backend.to_str().encode()).hexdigest()
+    if backend is None:
+        return None
+    content = json.loads(backend.to_str())
+    for setting in ("truncation", "padding"):  # which each call leaves behind
+        content.pop(setting, None)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _version(package: str) -> str | None:

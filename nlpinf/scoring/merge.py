@@ -13,7 +13,16 @@ from typing import Any
 from nlpinf.errors import BadInput
 from nlpinf.scoring.documents import write_documents
 from nlpinf.scoring.files import first_name, publish
-from nlpinf.scoring.store import REPEATS, Scores, Store, identity_difference, missing_parts, part_path, read_manifest
+from nlpinf.scoring.store import (
+    COMPRESSED,
+    REPEATS,
+    Scores,
+    Store,
+    identity_difference,
+    missing_parts,
+    part_path,
+    read_manifest,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,9 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> Merged:
             _bring(path, target)
         elif not filecmp.cmp(path, target, shallow=False):
             raise BadInput(f"{target}: is there already and differs from {path}, the same part; delete one of them")
+    compression = next((folder / COMPRESSED for folder in sources if (folder / COMPRESSED).exists()), None)
+    if compression is not None:
+        _bring(compression, store.folder / COMPRESSED)
     store.tidy()
     write_documents(Scores.open(store.folder, partial=True))
     return Merged(store.folder, len(where), store.missing(), _differences(sources, manifests))

@@ -82,7 +82,7 @@ def plan(
     lengths = _lengths(feed)
     seconds_read = time.perf_counter() - began
     size, draw = min(part_rows, feed.size), np.random.default_rng(seed)
-    part = _taken(feed, draw.choice(feed.size, size, replace=False))
+    part = feed.taken(draw.choice(feed.size, size, replace=False))
     began = time.perf_counter()
     encoded, batches = scorer.arrange(part.examples)
     seconds_encode = time.perf_counter() - began
@@ -115,14 +115,6 @@ def _lengths(feed: Feed) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _taken(feed: Feed, places: np.ndarray) -> Part:
-    """Return the rows at these places of the feed as one part, in the corpus's order."""
-    chosen = np.zeros(feed.total, bool)
-    inside = np.arange(feed.total) if feed.chosen is None else np.flatnonzero(feed.chosen)
-    chosen[inside[places]] = True
-    return next(iter(feed.choose(chosen).parts([0], len(places))))
-
-
 def _scoring(
     scorer: RowScorer, encoded: list[object], part: Part, batches: list[list[int]], sample: int
 ) -> tuple[float, int]:
@@ -148,7 +140,7 @@ def _scoring(
 
 def _longest(scorer: RowScorer, feed: Feed, lengths: np.ndarray, count: int) -> None:
     """Score the batch of the longest texts, so that the peak of the memory has been reached."""
-    part = _taken(feed, np.argpartition(-lengths, count - 1)[:count])
+    part = feed.taken(np.argpartition(-lengths, count - 1)[:count])
     encoded, batches = scorer.arrange(part.examples)
     scorer.score([encoded[i] for i in batches[0]], part.rows[batches[0]].tolist())
 

@@ -16,7 +16,8 @@ pass a query, so that the sum is exact for every network:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from nlpinf import parameters as P
 from nlpinf.parameters import Parameters
 from nlpinf.scoring.forward import BatchScores, forward_scores
 from nlpinf.scoring.head import CHUNK, Head, linear_head
-from nlpinf.scoring.layers import Groups, Rule, linear, rule_of
+from nlpinf.scoring.layers import Groups, Matrices, Rule, Vectors, linear, rule_of, takes_matrices
 from nlpinf.stages import Stage, evaluation
 from nlpinf.tasks import Batch
 
@@ -49,22 +50,40 @@ class ReverseScorer:
 
     def __init__(self, stage: Stage, vectors: list[Parameters]) -> None:
         self.stage, self.vectors = stage, vectors
-        self._stacked = {name: torch.stack([v[name] for v in vectors]) for name in vectors[0]}
-        self._calls = {module: names for module, names in _owned(stage.model).items() if rule_of(module) is not None}
-        known = {name for names in self._calls.values() for name in names.values()}
-        self.covered = [name for name in self._stacked if name in known]
+        self.stacked: Vectors = {name: torch.stack([v[name] for v in vectors]) for name in vectors[0]}
+        self.calls = {module: names for module, names in _owned(stage.model).items() if rule_of(module) is not None}
+        known = {name for names in self.calls.values() for name in names.values()}
+        self.covered = [name for name in self.stacked if name in known]
         probes = list(_probes(stage))
-        self._head = linear_head(stage, probes[0])
+        self.head = linear_head(stage, probes[0])
         for batch in probes:
             self._probe(batch)
 
     @property
     def uncovered(self) -> list[str]:
         """The parameters that go through forward mode."""
-        return [name for name in self._stacked if name not in self.covered]
+        return [name for name in self.stacked if name not in self.covered]
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The covered parameters that are matrices in every use, for which `Matrices` may stand, and their shapes."""
+        shapes = {name: tuple(self.stacked[name].shape[1:]) for name in self.covered}
+        plain = {
+            name
+            for module, names in self.calls.items()
+            for local, name in names.items()
+            if not takes_matrices(module, local)
+        }
+        return {name: (s[0], s[1]) for name, s in shapes.items() if len(s) == 2 and name not in plain}
+
+    def replaced(self, matrices: Mapping[str, Matrices]) -> ReverseScorer:
+        """Return a scorer in which these stand for the query vectors' parts of the same names."""
+        other = copy.copy(self)
+        other.stacked = {**self.stacked, **{name: matrices[name] for name in self.matrices if name in matrices}}
+        return other
 
     def __call__(self, batch: Batch) -> BatchScores:
-        losses, shares = self._shares(batch, self._stacked)
+        losses, shares = self.shares(batch, self.stacked)
         scores = sum(
             shares.values(), torch.zeros(len(batch), len(self.vectors), dtype=torch.float64, device=losses.device)
         )
@@ -74,19 +93,19 @@ class ReverseScorer:
             )
         return BatchScores(losses, scores, None)
 
-    def _shares(self, batch: Batch, vectors: Parameters) -> tuple[Tensor, Parameters]:
-        """Return g(z) (B,) and every covered parameter's share of the scores, (B, Q) by name, in float64."""
+    def shares(self, batch: Batch, vectors: Vectors) -> tuple[Tensor, Parameters]:
+        """Return g(z) (B,) and the share of the scores of every covered parameter in `vectors`, (B, Q) by name, in float64."""
         while True:
             try:
-                chosen = {n: vectors[n] for n in self.covered}
-                return reverse_pass(self.stage, self._calls, chosen, batch, self._head)
+                chosen = {n: vectors[n] for n in self.covered if n in vectors}
+                return reverse_pass(self.stage, self.calls, chosen, batch, self.head)
             except _Uncovered as found:
                 self.covered = [n for n in self.covered if n not in found.names]
 
     def _probe(self, batch: Batch) -> None:
         """Take out of `covered` what disagrees with autograd on `batch`."""
-        truth, sizes, directions = _by_autograd(self.stage, list(self._stacked), batch)
-        _, shares = self._shares(batch, directions)
+        truth, sizes, directions = _by_autograd(self.stage, list(self.stacked), batch)
+        _, shares = self.shares(batch, directions)
         tolerance = _TOLERANCE.get(self.stage.dtype, 5e-2)
         largest = max(float(size.max()) for size in sizes.values())
         agreed = []
@@ -104,7 +123,7 @@ def reverse_scores(stage: Stage, vectors: list[Parameters], batch: Batch) -> Bat
 
 
 def reverse_pass(
-    stage: Stage, calls: dict[nn.Module, dict[str, str]], vectors: Parameters, batch: Batch, head: Head | None = None
+    stage: Stage, calls: dict[nn.Module, dict[str, str]], vectors: Vectors, batch: Batch, head: Head | None = None
 ) -> tuple[Tensor, Parameters]:
     """Return g(z) (B,) and the shares of the parameters in `vectors`, each (Q, ...), by name: (B, Q) in float64."""
     inside = {module: names for module, names in calls.items() if head is None or module is not head.module}
@@ -119,7 +138,9 @@ def reverse_pass(
                 losses = stage.task.losses(end.detach(), batch)
                 cotangent = weights[:, None] * stage.task.loss.gradient(end.detach(), batch.targets)
             else:
-                losses, cotangent = _through(head, stage, end.detach(), weights, batch, watch)
+                losses, cotangent, shares = through_head(head, stage, end.detach(), weights, batch, vectors)
+                for name, share in shares.items():
+                    watch.count(name, share)
         if end.requires_grad:
             torch.autograd.backward(end, cotangent)
     outside = {name for name, leaf in watch.leaves.items() if leaf.grad is not None}
@@ -128,32 +149,30 @@ def reverse_pass(
     return batch.sum_by_example(losses.double() * weights), watch.shares
 
 
-def _through(
-    head: Head, stage: Stage, x: Tensor, weights: Tensor, batch: Batch, watch: _Watch
-) -> tuple[Tensor, Tensor]:
-    """Return ℓ (I,) and the cotangent of the hidden states x, (I, d), and add the output layer's shares, in chunks."""
+def through_head(
+    head: Head, stage: Stage, x: Tensor, weights: Tensor, batch: Batch, vectors: Vectors
+) -> tuple[Tensor, Tensor, Parameters]:
+    """Return ℓ (I,), the cotangent of the hidden states x (I, d), and the output layer's shares, (B, Q) by name, in chunks."""
     losses, cotangent = x.new_empty(len(x)), torch.empty_like(x)
     names = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
-    names = {local: name for local, name in names.items() if name in watch.vectors}
+    mine = {local: vectors[name] for local, name in names.items() if name in vectors}
+    queries = len(next(iter(vectors.values()), x[:0]))
+    shares = {names[local]: x.new_zeros(len(batch), queries, dtype=torch.float64) for local in (mine if len(x) else ())}
     # Many queries read their vectors once a chunk, so their chunks are larger.
-    many = len(next(iter(watch.vectors.values()), x[:0])) > 1
-    for part in head.parts(x, 4 * CHUNK if many else CHUNK):
+    for part in head.parts(x, 4 * CHUNK if queries > 1 else CHUNK):
         losses[part], delta, cotangent[part] = head.cotangents(
             stage.task.loss, stage.parameters, batch.targets, weights, x, part
         )
         examples, owner = torch.unique(batch.example[part], return_inverse=True)
-        groups = Groups(owner, len(examples))
-        vectors = {local: watch.vectors[name] for local, name in names.items()}
-        for local, share in linear(head.module, (x[part],), delta, vectors, groups).items():
-            whole = share.new_zeros(len(batch), share.shape[1], dtype=torch.float64)
-            watch.count(names[local], whole.index_add_(0, examples, share.double()))
-    return losses, cotangent
+        for local, share in linear(head.module, (x[part],), delta, mine, Groups(owner, len(examples))).items():
+            shares[names[local]].index_add_(0, examples, share.double())
+    return losses, cotangent, shares
 
 
 class _Watch:
     """Hooks on the layers for one forward and backward pass."""
 
-    def __init__(self, stage: Stage, calls: dict[nn.Module, dict[str, str]], vectors: Parameters, batch: Batch) -> None:
+    def __init__(self, stage: Stage, calls: dict[nn.Module, dict[str, str]], vectors: Vectors, batch: Batch) -> None:
         self.calls = {
             module: {local: name for local, name in names.items() if name in vectors} for module, names in calls.items()
         }

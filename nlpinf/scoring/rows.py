@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nlpinf.errors import BadInput
 from nlpinf.influence import QueryVectors
+from nlpinf.scoring.compress import Compression
 from nlpinf.scoring.forward import BatchScores, ForwardScorer
 from nlpinf.scoring.reverse import ReverseScorer
 from nlpinf.stages import length_batches
@@ -50,6 +51,7 @@ class RowScorer:
         token_scores: bool = False,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
+        compression: Compression | None = None,
     ) -> None:
         if not len(vectors):
             raise BadInput("there is no query vector to score with; compute at least one")
@@ -57,13 +59,18 @@ class RowScorer:
             raise BadInput(f"mode {mode!r} is none of 'auto', 'forward', 'reverse'")
         if token_scores and mode == "reverse":
             raise BadInput("token scores come from forward mode; use mode='forward' or 'auto'")
+        if compression is not None and (token_scores or mode == "forward"):
+            raise BadInput("compressed vectors are for reverse mode without token scores; leave one of them out")
         if any(limit is not None and limit < 1 for limit in (batch_size, batch_tokens)):
             raise BadInput(f"batches of {batch_size} examples, {batch_tokens} tokens were asked for; give at least 1")
         self.stage, self.token_scores, self.queries = vectors.stage, token_scores, len(vectors)
         trees = list(vectors.vectors)
         self._score: Callable[[Batch], BatchScores] = ForwardScorer(self.stage, trees)
         self.mode: Mode = "forward"
-        if mode == "reverse" or (mode == "auto" and not token_scores and self.queries > FORWARD_QUERIES):
+        self.compression = compression
+        if compression is not None:
+            self._score, self.mode = ReverseScorer(self.stage, trees).replaced(compression.matrices), "reverse"
+        elif mode == "reverse" or (mode == "auto" and not token_scores and self.queries > FORWARD_QUERIES):
             reverse = ReverseScorer(self.stage, trees)
             # A parameter without a rule costs a forward-mode pass a query, and then reverse mode saves nothing.
             if mode == "reverse" or not reverse.uncovered:

@@ -22,7 +22,7 @@ from nlpinf.scoring.corpus import PART_ROWS, score
 from nlpinf.scoring.features import Features, fit, predict
 from nlpinf.scoring.feed import Feed, Part, feed_of
 from nlpinf.scoring.files import first_name, publish
-from nlpinf.scoring.manifest import scores_manifest
+from nlpinf.scoring.manifest import scores_identity, scores_manifest
 from nlpinf.scoring.rows import Mode, RowScorer, Tick
 from nlpinf.scoring.shards import Make, Progress, Worker
 from nlpinf.scoring.store import Scores, Store, write_repeats
@@ -83,7 +83,7 @@ def screen(
             f"the corpus has {feed.size:,} rows, too few to screen: {taken:,} would be scored to begin with; score it whole"
         )
     scorer = RowScorer(vectors, mode)
-    manifest = scores_manifest(vectors, feed, scorer, part_rows, text)
+    manifest = scores_manifest(vectors, feed, scorer, scores_identity(vectors, feed, part_rows, text))
     manifest["identity"]["screen"] = {"exact": exact, "top": top, "seed": seed, "sample": taken}
     store = Store.start(out, manifest)
     if feed.repeats is not None:

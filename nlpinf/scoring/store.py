@@ -24,6 +24,7 @@ from nlpinf.scoring.files import PARTIAL, disk, first_name, publish, write_table
 FORMAT = 1
 MANIFEST = "manifest.json"
 REPEATS = "duplicates.parquet"
+COMPRESSED = "compressed.safetensors"
 CLAIM = ".claim"
 
 
@@ -67,16 +68,30 @@ class Store:
         path = folder / MANIFEST
         with disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        cls.check(folder, manifest["identity"])
         if not path.exists():
-            strange = [p.name for p in folder.iterdir() if not p.name.endswith(PARTIAL)]
-            if strange and not path.exists():  # else another process made it at this moment
-                raise BadInput(f"{folder}: is no scores folder and has files in it ({min(strange)}); give a new folder")
             content = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False, default=str).encode() + b"\n"
             publish(path, lambda temporary: temporary.write_bytes(content), first_name)
-        old = read_manifest(folder)
-        if difference := identity_difference(old.get("identity"), manifest["identity"]):
+            cls.check(folder, manifest["identity"])  # another process may have been the first
+        return cls(folder, read_manifest(folder))
+
+    @staticmethod
+    def check(folder: str | Path, identity: dict[str, Any]) -> None:
+        """Raise `BadInput` if the folder holds a run of another identity, which it names, or is no scores folder."""
+        folder = Path(folder)
+        if not folder.exists():
+            return
+        if not (folder / MANIFEST).exists():
+            with disk(folder):
+                strange = [p.name for p in folder.iterdir() if not p.name.endswith(PARTIAL) and p.name != COMPRESSED]
+            if not (folder / MANIFEST).exists():  # else another process made it at this moment
+                if strange:
+                    raise BadInput(
+                        f"{folder}: is no scores folder and has files in it ({min(strange)}); give a new folder"
+                    )
+                return
+        if difference := identity_difference(read_manifest(folder).get("identity"), identity):
             raise BadInput(f"{folder}: {difference}; give another folder, or the arguments that it was started with")
-        return cls(folder, old)
 
     @property
     def part_rows(self) -> int:
@@ -334,7 +349,7 @@ def identity_difference(old: Any, new: dict[str, Any]) -> str | None:
     for key in [*names, *(k for k in {**old, **new} if k not in names)]:
         if old.get(key) != new.get(key):
             told = names.get(key, f"was made with another setting {key!r}")
-            if isinstance(new.get(key), int | str | bool) and not key.endswith("sha256"):
+            if isinstance(new.get(key), int | float | str | None) and not key.endswith("sha256"):
                 told += f": {old.get(key)!r} there, {new.get(key)!r} now"
             return told
     return None
