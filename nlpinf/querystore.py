@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nlpinf.adapters.folders import file_sha256, one_line, read_json, versions, write_json
 from nlpinf.adapters.runs import stage_from_run, told_record
+from nlpinf.data.corpus import examples_sha256
 from nlpinf.errors import BadInput
 from nlpinf.influence import QueryVectors
 from nlpinf.queries import Query
@@ -110,9 +111,9 @@ def manifest(folder: str | Path) -> dict[str, Any]:
 def load(
     folder: str | Path, *, run: str | Path | None = None, data: Any = None, trust_remote_code: bool = False
 ) -> QueryVectors:
-    """Open a query folder and the pretraining run that it belongs to (`run`, where that was moved).
+    """Open a query folder and the pretraining run that it belongs to (`run` and its corpus `data`, where these were moved).
 
-    Raises `BadInput` if a vector file or the run's weights are not those that the manifest names.
+    Raises `BadInput` if a vector file, the run's weights or the texts of `data` are not those that the manifest names.
     """
     folder = Path(folder)
     content = manifest(folder)
@@ -121,10 +122,13 @@ def load(
     if not where.is_dir():
         raise BadInput(f"{where}: the pretraining run of {folder} is not there; say where it is (--pretrain)")
     stage = stage_from_run(where, data=data, record=first.get("record"), trust_remote_code=trust_remote_code)
-    if stage.record["weights"] != first["weights"]:
+    there, then = stage.record["weights"], first["weights"]
+    if changed := sorted(n for n in {**there, **then} if there.get(n) != then.get(n)):
         raise BadInput(
-            f"{where}: its weights are not those that {folder} was made with (sha256 differs); make the query again"
+            f"{where}: its weights are not those that {folder} was made with (sha256 of {changed[0]} differs); make the query again"
         )
+    if data is not None and (expected := first["data"].get("sha256")) not in (None, examples_sha256(stage.data)):
+        raise BadInput(f"{data}: the texts are not those of the run (sha256 differs from {expected[:12]}…)")
     vectors, verdicts, queries = [], [], []
     for entry in content["queries"]:
         path = folder / entry["file"]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from nlpinf.errors import BadInput
-from nlpinf.influence import ImplicitSolve
+from nlpinf import parameters as P
+from nlpinf.curvature import Curvature, Shifted
+from nlpinf.errors import BadInput, NotConverged
+from nlpinf.influence import QueryVectors, query_vectors
 from nlpinf.newton import predict
 from nlpinf.queries import Query
 from nlpinf.solvers import CG, MINRES
@@ -29,6 +33,11 @@ def chain_of(first: torch.nn.Module, last: torch.nn.Module, task: object, data: 
     return Chain(stages, "frozen" if case == 1 else Proximity(ALPHA))
 
 
+def vectors_of(chain: Chain, query: Query, **settings: object) -> QueryVectors:
+    """The query's vector, to rounding, with the exact Hessian."""
+    return query_vectors(chain, [query], **{"curvature": "hessian", "damping": 0.0, "solver": EXACT, **settings})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("case", [1, 2])
 def test_for_ridge_regression_a_newton_step_is_retraining(case: int) -> None:
     """Both stages quadratic and q linear: solving again without the rows gives the predicted change to rounding."""
@@ -37,7 +46,7 @@ def test_for_ridge_regression_a_newton_step_is_retraining(case: int) -> None:
     query = Query.of(lambda outputs, batch: (outputs * weigh).mean(), list(zip(ridge.XQ, ridge.TQ)))
     data, later = list(zip(ridge.X, ridge.Y)), list(zip(ridge.X2, ridge.T))
     chain = chain_of(*ridge.models(case), Regression(), data, later, case)
-    found = predict(chain, [query], SETS, curvature="hessian", solver=EXACT)
+    found = predict(vectors_of(chain, query), SETS, curvature="hessian", solver=EXACT)
 
     def q(weights: torch.Tensor) -> float:
         return float((ridge.XQ @ ridge.solve(case, weights)[1] * weigh).mean())
@@ -71,7 +80,8 @@ def test_in_a_network_the_newton_step_is_near_retraining() -> None:
     )  # fmt: skip
     generator = torch.Generator().manual_seed(5)
     sets = {str(k): sorted(torch.randperm(net.m, generator=generator)[:16].tolist()) for k in range(10)}
-    found = predict(chain, [Query.mean_loss(list(zip(net.XQ, net.TQ)))], sets, solver=CG(1e-10))
+    vectors = vectors_of(chain, Query.mean_loss(list(zip(net.XQ, net.TQ))), curvature="auto")
+    found = predict(vectors, sets, solver=CG(1e-10))
     actual = []
     for rows in sets.values():
         weights = ones.clone()
@@ -95,13 +105,43 @@ def test_bad_sets_are_refused_and_other_solvers_taken() -> None:
     ridge = validation.TestRidge()
     data, later = list(zip(ridge.X, ridge.Y)), list(zip(ridge.X2, ridge.T))
     chain = chain_of(*ridge.models(1), Regression(), data, later, 1)
-    query = Query.mean_loss(list(zip(ridge.XQ, ridge.TQ)))
-    for rows, message in (([], "no row"), ([1, 1], "twice"), ([30], "row 30"), (list(range(30)), "all 30 rows")):
+    vectors = vectors_of(chain, Query.mean_loss(list(zip(ridge.XQ, ridge.TQ))))
+    for rows, message in (
+        ([], "no row"),
+        ([1, 1], "twice"),
+        ([30], "row 30"),
+        ([-1], "row -1"),
+        (list(range(30)), "all 30 rows"),
+    ):
         with pytest.raises(BadInput, match=message):
-            predict(chain, [query], {"drop": rows})
+            predict(vectors, {"drop": rows})
     with pytest.raises(BadInput, match="nothing to predict"):
-        predict(chain, [], SETS)
-    steps = [ImplicitSolve("hessian", 0.0, MINRES(1e-12))]
-    one = predict(chain, [query], SETS, curvature="hessian", solver=MINRES(1e-12), later=steps)
-    other = predict(chain, [query], SETS, curvature="hessian", solver=EXACT)
+        predict(vectors, {})
+    with pytest.raises(BadInput, match="needs one solve"):
+        predict(replace(vectors, settings={}), SETS)
+    one = predict(vectors, SETS, curvature="hessian", solver=MINRES(1e-12))
+    other = predict(vectors, SETS, curvature="hessian", solver=EXACT, preconditioner="ekfac")
     assert [r.newton for r in one] == [pytest.approx(r.newton, rel=1e-7) for r in other]
+
+
+def test_what_did_not_converge_is_refused_and_a_rough_solve_is_nearly_right() -> None:
+    """The form that is used forgives the solve for Δθ: its error counts to second order."""
+    ridge = validation.TestRidge()
+    data, later = list(zip(ridge.X, ridge.Y)), list(zip(ridge.X2, ridge.T))
+    chain = chain_of(*ridge.models(1), Regression(), data, later, 1)
+    query = Query.mean_loss(list(zip(ridge.XQ, ridge.TQ)))
+    vectors = vectors_of(chain, query)
+    (exact,) = predict(vectors, {"some": SETS["some"]}, curvature="hessian", solver=EXACT)
+    (rough,) = predict(vectors, {"some": SETS["some"]}, curvature="hessian", solver=CG(0.2))
+    assert 0.01 < rough.solution.residual <= 0.2
+    stage = chain.stages[0]
+    plain = -P.dot(
+        Shifted(Curvature(stage, "hessian"), stage.decay) @ vectors.vectors[0], rough.solution.vector
+    )  # ⟨w, Δθ⟩
+    assert abs(rough.newton[0] - exact.newton[0]) < 0.5 * abs(plain - exact.newton[0])
+    with pytest.raises(NotConverged, match="without some"):
+        predict(vectors, {"some": SETS["some"]}, curvature="hessian", solver=CG(1e-9, 2))
+    short = vectors_of(chain, query, solver=CG(1e-9, 2), allow_unconverged=True)
+    with pytest.raises(NotConverged, match="query 'mean loss of 9 examples', stage 'pretrain'"):
+        predict(short, SETS)
+    assert np.isfinite(predict(short, SETS, allow_unconverged=True)[0].newton[0])

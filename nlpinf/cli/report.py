@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from nlpinf import querystore
+from nlpinf import querystore, removals
 from nlpinf import report as page
 from nlpinf.cli import console
 from nlpinf.scoring import Scores
@@ -20,7 +20,11 @@ def add(app: typer.Typer) -> None:
 def report(
     scores: Path = typer.Argument(help="Scores folder."),
     out: Path | None = typer.Option(None, "--out", help="The page (default: report.html beside the scores folder)."),
-    query: Path | None = typer.Option(None, "--query", help="Query folder: shades the words of the sentences shown."),
+    query: Path | None = typer.Option(
+        None,
+        "--query",
+        help="Query folder: shades the words of the sentences shown; brings what `nlpinf predict --keep` left.",
+    ),
     pretrain: Path | None = typer.Option(None, help="The pretraining run, where it was moved since the query."),
     examples: int = typer.Option(20, help="Sentences in each table."),
     trust_remote_code: bool = typer.Option(False, help="Run code that lies in the model's folder."),
@@ -31,11 +35,12 @@ def report(
     Example: nlpinf report scores --query query --out report.html
     """
     opened = Scores.open(scores)
-    shade = None
+    shade = newton = None
     if query is not None:
         vectors = querystore.load(query, run=pretrain, trust_remote_code=trust_remote_code)
         shade = page.shader(vectors.stage, vectors.vectors)
-    path = page.write(opened, out or scores.parent / "report.html", examples=examples, shade=shade)
+        newton = removals.kept(query, opened.manifest["identity"]["queries"])
+    path = page.write(opened, out or scores.parent / "report.html", examples=examples, shade=shade, newton=newton)
     if json_:
         console.print_json({"report": str(path)})
     else:

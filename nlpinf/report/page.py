@@ -37,6 +37,7 @@ def write(
     tokenizer: Any = None,
     removal: Sequence[Mapping[str, Any]] | None = None,
     shade: Shader | None = None,
+    newton: Mapping[int, Sequence[float]] | None = None,
 ) -> Path:
     """Write the report of a scores folder as one HTML page that needs no network, and return its path.
 
@@ -46,6 +47,7 @@ def write(
     `removal`    what removing rows did, a mapping for each set: `name`; `rows`, how many were removed; `predicted`, the
                  sum of −score/m; `actual`, the change of the query after retraining, a number or one for each draw;
                  `accuracy` after it, the same; optional `query`, the number of the query (0)
+    `newton`     by row, the predicted change of each query by a Newton step, shown beside the first-order one
 
     Positive scores are harmful. Raises `BadInput` for a store without queries and for a removal without its fields.
     """
@@ -64,7 +66,9 @@ def write(
     environment.globals.update(
         figure=figure, count=count, in_column=in_column, power_of_ten=power_of_ten, superscript=superscript
     )
-    html = environment.get_template("template.html.j2").render(page(scores, examples, tokenizer, removal, shade))
+    html = environment.get_template("template.html.j2").render(
+        page(scores, examples, tokenizer, removal, shade, newton)
+    )
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -82,13 +86,17 @@ def page(
     tokenizer: Any,
     removal: Sequence[Mapping[str, Any]] | None,
     shade: Shader | None,
+    newton: Mapping[int, Sequence[float]] | None = None,
 ) -> dict[str, Any]:
     """Return what the template shows."""
     manifest = scores.manifest
     columns = [np.asarray(scores.column(q)) for q in range(len(manifest["queries"]))]
     missing = _missing(scores, columns)
     shading = _shading(manifest, tokenizer, shade)
-    sections = [_query(scores, number, column, examples, shading) for number, column in enumerate(columns)]
+    sections = [
+        _query(scores, number, column, examples, shading, {r: float(f[number]) for r, f in (newton or {}).items()})
+        for number, column in enumerate(columns)
+    ]
     return {
         "m": manifest.get("m"),
         "scored": len(columns[0]),
@@ -108,7 +116,9 @@ def _missing(scores: ScoresLike, columns: list[np.ndarray]) -> int | None:
     return expected - len(columns[0]) if isinstance(expected, int) else None
 
 
-def _query(scores: ScoresLike, number: int, column: np.ndarray, examples: int, shading: Shader) -> dict[str, Any]:
+def _query(
+    scores: ScoresLike, number: int, column: np.ndarray, examples: int, shading: Shader, newton: Mapping[int, float]
+) -> dict[str, Any]:
     manifest = scores.manifest
     query = manifest["queries"][number]
     found = [(helpful, list(scores.top(examples, query=number, helpful=helpful))) for helpful in (False, True)]
@@ -120,7 +130,10 @@ def _query(scores: ScoresLike, number: int, column: np.ndarray, examples: int, s
     tables = [
         {
             "helpful": helpful,
-            "rows": [_row(rank, row, p, largest) for rank, (row, p) in enumerate(zip(rows, pieces), 1)],
+            "rows": [
+                {**_row(rank, row, p, largest), "newton": newton.get(row.row)}
+                for rank, (row, p) in enumerate(zip(rows, pieces), 1)
+            ],
         }
         for helpful, rows, pieces in shown
     ]
@@ -138,6 +151,7 @@ def _query(scores: ScoresLike, number: int, column: np.ndarray, examples: int, s
         "largest": largest,
         "score_power": shared_power([row.score for row in everything]),
         "change_power": shared_power([row.predicted_change for row in everything]),
+        "newton": any(row.row in newton for row in everything),
     }
 
 

@@ -69,7 +69,7 @@ def filter_corpus(
     if path.exists():
         raise BadInput(f"{path}: is there already; give another name, or delete it")
     drop = ~selection.chosen if keep else selection.chosen
-    dropped = _dropped(scores, drop)
+    dropped = dropped_rows(scores, drop)
     source = _source(scores, corpus)
     total = len(scores) if source is None else source.total
     filler = None if replacement is None else feed_of(replacement, "skip")
@@ -88,7 +88,7 @@ def filter_corpus(
     return Filtered(path, total, len(dropped), replaced, written[-1], selection.edges, _predicted_change(scores, drop))
 
 
-def _dropped(scores: Scores, drop: np.ndarray) -> np.ndarray:
+def dropped_rows(scores: Scores, drop: np.ndarray) -> np.ndarray:
     """Return the numbers of the rows to drop, ascending; a text that was scored once goes with all its rows."""
     rows = scores.rows[drop]
     if scores.folder is not None and (scores.folder / REPEATS).exists():
