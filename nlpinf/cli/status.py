@@ -35,6 +35,11 @@ def status(
     console.say(f"{found.bytes / 1e6:,.1f} MB on disk")
     if found.rate is not None and found.missing:
         console.say(f"{found.rate:,.0f} rows/s over the last ten minutes, {console.duration(found.seconds_left)} left")
+    odd = {name: f"{count:,} with {name}" for name, count in (found.corpus.get("odd") or {}).items()}
+    skipped = {name: f"{count:,} {name} skipped" for name, count in (found.corpus.get("skipped") or {}).items()}
+    cut = [f"{found.corpus['truncated']:,} truncated"] if found.corpus.get("truncated") else []
+    if counts := [*skipped.values(), *cut, *odd.values()]:
+        console.say(f"rows: {', '.join(counts)}")
     for work in found.working:
         told = "at work" if work.alive else "ended without finishing, or on a machine whose locks are not seen here"
         console.say(f"part {work.part}: {work.who}, for {console.duration(work.seconds)}, {told}")

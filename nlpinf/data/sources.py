@@ -123,6 +123,14 @@ def is_empty(texts: pa.Array) -> np.ndarray:
     return lengths.to_numpy(zero_copy_only=False) == 0
 
 
+ODD = {"U+FFFD": "\ufffd", "NUL": "\0", "U+2028": "\u2028", "CR": "\r"}
+
+
+def odd(texts: pa.Array) -> dict[str, int]:
+    """Return how many texts have a replacement character (bytes that were lost), a NUL, a line separator, a bare "\\r"."""
+    return {name: pc.sum(pc.match_substring(texts, character)).as_py() or 0 for name, character in ODD.items()}
+
+
 def format_of(path: Path) -> Format:
     """Return the format that a file's name tells. `news.en-00001-of-00100` is text: shard marks and languages say nothing."""
     suffix = re.sub(r"(-\d+)+(-of-\d+)?$", "", suffixes(path)[0])

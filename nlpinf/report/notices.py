@@ -55,6 +55,25 @@ def notices(manifest: Mapping[str, Any], columns: list[np.ndarray], missing: int
             told = f" ({str(reason).replace('_', ' ')})" if reason else ""
             text = f"{count(int(number))} sentences of the corpus were skipped{told} and have no score."
             found.append(Notice(False, text, "What was skipped has no part in any list or chart here."))
+    return found + _of_rows(manifest.get("corpus") or {})
+
+
+_DAMAGE = {
+    "U+FFFD": "the replacement character U+FFFD: letters that were lost before",
+    "NUL": "a NUL character",
+    "U+2028": "a line separator U+2028",
+    "CR": "a carriage return inside the line",
+}
+
+
+def _of_rows(corpus: Mapping[str, Any]) -> list[Notice]:
+    found = []
+    if cut := corpus.get("truncated"):
+        text = f"{count(int(cut))} sentences of the corpus are longer than the model takes; their scores are of their beginnings."
+        found.append(Notice(False, text, "The column truncated of the scores tells which."))
+    for name, number in (corpus.get("odd") or {}).items():
+        text = f"{count(int(number))} sentences of the corpus contain {_DAMAGE.get(name, name)}."
+        found.append(Notice(False, text, "They were scored as they are."))
     return found
 
 

@@ -102,6 +102,7 @@ def score(
     if feed.repeats is not None:
         write_repeats(store.folder, feed.repeats.rows, feed.repeats.first)
     Worker(store, feed, make, shard, progress).run()
+    store.finish()
     scores = Scores.open(store.folder, partial=shard is not None)
     write_documents(scores)
     return scores
@@ -114,7 +115,10 @@ def _in_memory(manifest: dict[str, Any], feed: Feed, make: Make, progress: Progr
         done += len(part.rows)
         if progress is not None:
             progress(done, feed.size)
-    return Scores(manifest, [_selecting(table) for table in tables])
+    scores = Scores(manifest, [_selecting(table) for table in tables])
+    if (truncated := scores.truncated) is not None:
+        manifest["corpus"]["truncated"] = truncated
+    return scores
 
 
 def _selecting(table: pa.Table) -> Callable[[list[str] | None], pa.Table]:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from nlpinf.data.corpus import Corpus, examples_sha256
-from nlpinf.data.sources import EmptyPolicy, Source, find, kept
+from nlpinf.data.sources import ODD, EmptyPolicy, Source, find, kept, odd
 from nlpinf.errors import BadInput
 
 _BLOCK = 1 << 16
@@ -54,7 +55,10 @@ class Repeats:
 
 
 class Feed(ABC):
-    """Rows of a corpus in order. `size` of them are fed, of `total`; `sha256` is that of all texts or examples."""
+    """Rows of a corpus in order. `size` of them are fed, of `total`; `sha256` is that of all texts or examples.
+
+    `odd` tells how many of all its texts have characters that hint at damage, by name (`nlpinf.data.sources.ODD`).
+    """
 
     path: str | None
     skipped: dict[str, int]
@@ -63,6 +67,7 @@ class Feed(ABC):
     chosen: np.ndarray | None = None  # (total,) bool
     counts: np.ndarray | None = None  # (size,) int32
     repeats: Repeats | None = None
+    odd: Mapping[str, int] = MappingProxyType({})
     packed: bool = False  # whether rows hold pieces of several documents
 
     @property
@@ -135,19 +140,23 @@ class StreamFeed(Feed):
 
         feed = cls(blocks, corpus.path, corpus.skipped)
         feed._scanned = corpus.sha256, numbers
+        found = [odd(texts) for _, texts, _ in blocks()]
+        feed.odd = {name: count for name in ODD if (count := sum(each[name] for each in found))}
         return feed
 
     def _scan(self) -> None:
-        digest, numbers, blank = hashlib.sha256(), [], 0
+        digest, numbers, blank, strange = hashlib.sha256(), [], 0, dict.fromkeys(ODD, 0)
         for rows, texts, left_out in self._blocks():
             digest.update("\n".join([*texts.to_pylist(), ""]).encode())
             numbers.append(rows)
             blank += left_out
+            strange = {name: strange[name] + count for name, count in odd(texts).items()}
         if not sum(map(len, numbers)):
             raise BadInput(f"{self.path}: the corpus is empty; give one with at least one sentence")
         if blank:
             self.skipped["empty"] = blank
         self._scanned = digest.hexdigest(), np.concatenate(numbers)
+        self.odd = {name: count for name, count in strange.items() if count}
 
     @property
     def sha256(self) -> str:  # type: ignore[override]
@@ -167,7 +176,7 @@ class StreamFeed(Feed):
 
     def choose(self, chosen: np.ndarray) -> StreamFeed:
         feed = StreamFeed(self._blocks, self.path, self.skipped)
-        feed._scanned, feed.chosen = self._scanned, chosen
+        feed._scanned, feed.chosen, feed.odd = self._scanned, chosen, self.odd
         return feed
 
     def dedupe(self) -> StreamFeed:

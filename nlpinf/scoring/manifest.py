@@ -82,7 +82,7 @@ def scores_manifest(vectors: QueryVectors, feed: Feed, scorer: RowScorer, identi
         "queries": queries,
         "query_vectors": vectors.settings,
         "stage": stage.name,
-        "corpus": {"path": feed.path, "rows": feed.size, "skipped": feed.skipped},
+        "corpus": {"path": feed.path, "rows": feed.size, "skipped": feed.skipped, "odd": dict(feed.odd)},
         "scoring": scoring,
         "versions": {name: _version(name) for name in ("nlpinf", "torch", "transformers", "pyarrow")},
     }

@@ -75,6 +75,7 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> Merged:
     if compression is not None:
         _bring(compression, store.folder / COMPRESSED)
     store.tidy()
+    store.finish()
     write_documents(Scores.open(store.folder, partial=True))
     return Merged(store.folder, len(where), store.missing(), _differences(sources, manifests))
 

@@ -84,7 +84,7 @@ def plan(
     size, draw = min(part_rows, feed.size), np.random.default_rng(seed)
     part = feed.taken(draw.choice(feed.size, size, replace=False))
     began = time.perf_counter()
-    encoded, batches = scorer.arrange(part.examples)
+    encoded, batches, _ = scorer.arrange(part.examples)
     seconds_encode = time.perf_counter() - began
     seconds_score, measured = _scoring(scorer, encoded, part, batches, sample)
     _longest(scorer, feed, lengths, min(_LONGEST, feed.size))
@@ -141,7 +141,7 @@ def _scoring(
 def _longest(scorer: RowScorer, feed: Feed, lengths: np.ndarray, count: int) -> None:
     """Score the batch of the longest texts, so that the peak of the memory has been reached."""
     part = feed.taken(np.argpartition(-lengths, count - 1)[:count])
-    encoded, batches = scorer.arrange(part.examples)
+    encoded, batches, _ = scorer.arrange(part.examples)
     scorer.score([encoded[i] for i in batches[0]], part.rows[batches[0]].tolist())
 
 

@@ -29,7 +29,8 @@ class RowScores:
     """Results in the order of the rows given: `scores` (n, queries), `losses` (n,), `tokens` (n,), float64 and int64.
 
     With item scores also `items` (I, queries) in the rows' order, `targets` (I,), `positions` (I,) of the outputs that
-    predict them, and their own `places` (I,) in the example, of which row i has `tokens[i]`.
+    predict them, and their own `places` (I,) in the example, of which row i has `tokens[i]`. `truncated` (n,) bool: which
+    examples were cut to the task's greatest length, where it tells.
     """
 
     scores: np.ndarray
@@ -39,6 +40,7 @@ class RowScores:
     targets: np.ndarray | None = None
     positions: np.ndarray | None = None
     places: np.ndarray | None = None
+    truncated: np.ndarray | None = None
 
 
 class RowScorer:
@@ -83,7 +85,7 @@ class RowScorer:
         n = len(examples)
         scores, losses, tokens = np.empty((n, self.queries)), np.empty(n), np.empty(n, np.int64)
         items: list[tuple[np.ndarray, ...]] = []
-        encoded, waiting = self.arrange(examples)
+        encoded, waiting, truncated = self.arrange(examples)
         waiting.reverse()
         while waiting:
             chosen = waiting.pop()
@@ -100,18 +102,19 @@ class RowScorer:
                 assert result.item_scores is not None
                 items.append((where[_numpy(batch.example)], _numpy(result.item_scores), *_shown(batch)))
         if not self.token_scores:
-            return RowScores(scores, losses, tokens)
+            return RowScores(scores, losses, tokens, truncated=truncated)
         owner, values, targets, positions = (np.concatenate(column) for column in zip(*items))
         order = np.argsort(owner, kind="stable")
         positions = positions[order]
         places = positions + self.stage.task.ahead
-        return RowScores(scores, losses, tokens, values[order], targets[order], positions, places)
+        return RowScores(scores, losses, tokens, values[order], targets[order], positions, places, truncated)
 
-    def arrange(self, examples: Sequence[Any]) -> tuple[list[Any], list[list[int]]]:
-        """Return the encoded examples and which of them share a batch, the longest first."""
+    def arrange(self, examples: Sequence[Any]) -> tuple[list[Any], list[list[int]], np.ndarray | None]:
+        """Return the encoded examples, which of them share a batch, the longest first, and which were cut, if told."""
         task = self.stage.task
-        encoded = task.encode(examples)
-        return encoded, list(length_batches([task.length(e) for e in encoded], self.batch_size, self.batch_tokens))
+        encoded, cut = task.encode_marked(examples)
+        lengths = [task.length(e) for e in encoded]
+        return encoded, list(length_batches(lengths, self.batch_size, self.batch_tokens)), cut
 
     def score(self, encoded: Sequence[Any], rows: Sequence[int]) -> tuple[Batch, BatchScores]:
         """Return the batch of encoded examples, and its scores."""

@@ -103,6 +103,7 @@ def screen(
         if rest.any():
             found.append(score(vectors, _choose(feed, rest), folder / "candidates", progress=progress, **options))
         Worker(store, feed, _joining(guesses, found, text), progress=progress).run()
+        store.finish()
     return Scores.open(store.folder)
 
 
@@ -189,6 +190,10 @@ def _joining(guesses: Scores, exact: list[Scores], text: bool) -> Make:
     values = np.concatenate([np.stack([s.column(q) for q in range(len(s.queries))], 1) for s in exact])[order]
     losses = np.concatenate([scores.losses for scores in exact])[order]
     tokens = np.concatenate([t["tokens"].to_numpy() for scores in exact for t in scores.tables(["tokens"])])[order]
+    cut = None
+    if "truncated" in exact[0].columns:
+        flags = [t["truncated"] for scores in exact for t in scores.tables(["truncated"])]
+        cut = np.concatenate([flag.to_numpy(zero_copy_only=False) for flag in flags])[order]
 
     def make(part: Part, tick: Tick) -> pa.Table:
         place = np.minimum(np.searchsorted(rows, part.rows), len(rows) - 1)
@@ -203,6 +208,8 @@ def _joining(guesses: Scores, exact: list[Scores], text: bool) -> Make:
             "tokens": pa.array(tokens[place], mask=~known),
             "exact": pa.array(known),
         }
+        if cut is not None:
+            columns["truncated"] = pa.array(cut[place], mask=~known)
         if part.counts is not None:
             columns["count"] = pa.array(part.counts)
         if text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nlpinf.scoring.shards import Claims
 from nlpinf.scoring.store import CLAIM, missing_parts, part_path, read_manifest, rows_done
@@ -27,6 +28,7 @@ class Status:
     """Parts and rows that are done, of how many; `bytes` on disk; `rate` in rows a second over the last ten minutes.
 
     `rate` is None where fewer than two parts ended in that time, `seconds_left` then too; `missing` are part numbers.
+    `corpus` is the manifest's: rows that were `skipped`, `odd` and, at the end, `truncated`.
     """
 
     parts: int
@@ -38,6 +40,7 @@ class Status:
     working: list[Working]
     rate: float | None
     seconds_left: float | None
+    corpus: dict[str, Any]
 
 
 def status(folder: str | Path) -> Status:
@@ -58,7 +61,8 @@ def status(folder: str | Path) -> Status:
     if len(recent) > 1 and now > recent[0]:
         rate = (len(recent) - 1) * manifest["identity"]["part_rows"] / (now - recent[0])
     left = None if not missing else (rows - done) / rate if rate else None
-    return Status(parts, parts - len(missing), rows, done, size, missing, _working(folder, now), rate, left)
+    corpus = manifest.get("corpus") or {}
+    return Status(parts, parts - len(missing), rows, done, size, missing, _working(folder, now), rate, left, corpus)
 
 
 def _working(folder: Path, now: float) -> list[Working]:

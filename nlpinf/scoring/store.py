@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nlpinf.errors import BadInput
@@ -70,8 +71,7 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
         cls.check(folder, manifest["identity"])
         if not path.exists():
-            content = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False, default=str).encode() + b"\n"
-            publish(path, lambda temporary: temporary.write_bytes(content), first_name)
+            publish(path, lambda temporary: temporary.write_bytes(_content(manifest)), first_name)
             cls.check(folder, manifest["identity"])  # another process may have been the first
         return cls(folder, read_manifest(folder))
 
@@ -118,6 +118,14 @@ class Store:
     def write(self, part: int, table: pa.Table) -> None:
         """Write a part: all of it, or nothing; one that is there stays. Equal tables give equal bytes."""
         publish(part_path(self.folder, part), lambda temporary: write_table(table, temporary), first_name)
+
+    def finish(self) -> None:
+        """Once no part is missing, write into the manifest how many rows were truncated; any process may, any number of times."""
+        counted = Scores.open(self.folder, partial=True)
+        if counted.missing or "truncated" in self.manifest["corpus"] or (found := counted.truncated) is None:
+            return
+        self.manifest["corpus"]["truncated"] = found
+        publish(self.folder / MANIFEST, lambda temporary: temporary.write_bytes(_content(self.manifest)))
 
     def tidy(self) -> None:
         """Remove what killed processes left, once no part is missing."""
@@ -200,6 +208,13 @@ class Scores:
         """The row numbers in the corpus's order, (N,) int64."""
         return np.concatenate([table["row"].to_numpy() for table in self.tables(["row"])])
 
+    @property
+    def truncated(self) -> int | None:
+        """How many rows were cut to the task's greatest length; None where that is not known."""
+        if "truncated" not in self.columns:
+            return None
+        return sum(pc.sum(table["truncated"]).as_py() or 0 for table in self.tables(["truncated"]))
+
     @cached_property
     def losses(self) -> np.ndarray:
         """g(z) of every row, (N,) float32."""
@@ -279,6 +294,10 @@ class Scores:
         if not 0 <= query < len(self.queries):
             raise BadInput(f"there is no query {query}; these scores have {len(self.queries)}, numbered from 0")
         return query
+
+
+def _content(manifest: dict[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False, default=str).encode() + b"\n"
 
 
 def write_repeats(folder: Path, rows: np.ndarray, first: np.ndarray) -> None:

@@ -44,6 +44,8 @@ def table(result: RowScores, part: Part, text: bool = True) -> pa.Table:
         if part.documents is not None and result.places is not None:
             whose = part.documents(np.repeat(np.arange(len(numbers)), result.tokens), result.places)
             columns["token_documents"] = pa.ListArray.from_arrays(offsets, pa.array(whose))
+    if result.truncated is not None:
+        columns["truncated"] = pa.array(result.truncated)
     if part.counts is not None:
         columns["count"] = pa.array(part.counts.astype(np.int32))
     if text and part.texts is not None:

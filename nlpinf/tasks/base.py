@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -90,6 +91,10 @@ class Task(ABC):
     @abstractmethod
     def collate(self, encoded: Sequence[Any], rows: Sequence[int]) -> Batch:
         """Build the batch of encoded examples with these row numbers."""
+
+    def encode_marked(self, examples: Sequence[Any]) -> tuple[list[Any], np.ndarray | None]:
+        """Return `encode(examples)`, and which of them were cut to a greatest length, (n,) bool, None if that is not told."""
+        return self.encode(examples), None
 
     def training_batch(self, encoded: Sequence[Any], rows: Sequence[int], turn: int, step: int) -> Batch:
         """Build the batch that training sees in an optimizer step; what is drawn is a function of `turn` and `step`.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +49,7 @@ class Spelling:
     def words(self, example: Any) -> list[str]:
         """Return the words of a text, of a mapping with `text`, or of a list of words."""
         text = example["text"] if isinstance(example, dict) else example
-        words = text.split() if isinstance(text, str) else [str(word) for word in text]
+        words = _words(text)
         if not words:
             raise BadInput(f"the text {_shown(text)} has no word; leave it out")
         if len(words) > self.max_length and self.long == "error":
@@ -63,6 +64,12 @@ class Spelling:
         except BadInput as error:
             raise BadInput(f"the text {_shown(text)}: {error}") from None
         return kept
+
+    def marked(self, examples: Sequence[Any]) -> tuple[list[list[str]], np.ndarray]:
+        """Return the words of every example, and which examples had more words than are kept, (n,) bool."""
+        texts = [example["text"] if isinstance(example, dict) else example for example in examples]
+        cut = np.array([len(_words(text)) > self.max_length for text in texts], bool)
+        return [self.words(text) for text in texts], cut
 
     def inputs(self, sentences: Sequence[Sequence[str]]) -> dict[str, Tensor]:
         """Return what the encoder takes: `index` and `lengths` by sentence, and the `distinct` words of all of them."""
@@ -123,7 +130,10 @@ class BidirectionalLM(Task):
             )
 
     def encode(self, examples: Sequence[Any]) -> list[list[str]]:
-        return [self.spelling.words(example) for example in examples]
+        return self.encode_marked(examples)[0]
+
+    def encode_marked(self, examples: Sequence[Any]) -> tuple[list[list[str]], np.ndarray]:
+        return self.spelling.marked(examples)
 
     def length(self, encoded: Any) -> int:
         return len(encoded) + 2
@@ -199,8 +209,8 @@ class WordClassification(SequenceClassification):
         self.labels, self.max_length = labels, max_length
         self.spelling = Spelling(max_length, long, max_characters)
 
-    def _ids(self, texts: Sequence[Any]) -> list[Any]:
-        return [self.spelling.words(text) for text in texts]
+    def _ids(self, texts: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
+        return self.spelling.marked(texts)
 
     def length(self, encoded: Any) -> int:
         return len(encoded.ids) + 2
@@ -213,6 +223,10 @@ class WordClassification(SequenceClassification):
 
     def settings(self) -> dict[str, Any]:
         return {"name": self.name, "labels": self.labels, **self.spelling.settings()}
+
+
+def _words(text: Any) -> list[str]:
+    return text.split() if isinstance(text, str) else [str(word) for word in text]
 
 
 def _shown(text: Any) -> str:

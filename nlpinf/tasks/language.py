@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from nlpinf.data.hashing import uniform
 from nlpinf.errors import BadInput
 from nlpinf.tasks.base import Batch, Task, logits_of
+from nlpinf.tasks.cutting import token_ids
 from nlpinf.tasks.losses import CrossEntropy, OutputLoss
 
 
@@ -33,18 +35,16 @@ class _TextTask(Task):
         self.max_length = max_length
         self._specials = sorted(set(tokenizer.all_special_ids))
 
-    def _ids(self, texts: Sequence[Any]) -> list[list[int]]:
+    def encode(self, examples: Sequence[Any]) -> list[Any]:
+        return self.encode_marked(examples)[0]
+
+    def _ids(self, texts: Sequence[Any]) -> tuple[list[list[int]], np.ndarray]:
         if not texts:
-            return []
+            return [], np.zeros(0, bool)
         if not isinstance(texts[0], str):
-            return [[int(i) for i in ids][: self.max_length] for ids in texts]
-        return self.tokenizer(
-            list(texts),
-            truncation=True,
-            max_length=self.max_length,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
+            cut = np.array([len(ids) > self.max_length for ids in texts], bool)
+            return [[int(i) for i in ids][: self.max_length] for ids in texts], cut
+        return token_ids(self.tokenizer, texts, self.max_length)
 
     def _padded(self, sequences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         width = max(1, max(len(ids) for ids in sequences))
@@ -62,9 +62,8 @@ class _TextTask(Task):
 class _LanguageModel(_TextTask):
     """Outputs are the vocabulary logits at the counted positions: the output layer is applied to these alone."""
 
-    def encode(self, examples: Sequence[Any]) -> list[list[int]]:
-        texts = [e["text"] if isinstance(e, dict) else e for e in examples]
-        return self._ids(texts)
+    def encode_marked(self, examples: Sequence[Any]) -> tuple[list[list[int]], np.ndarray]:
+        return self._ids([e["text"] if isinstance(e, dict) else e for e in examples])
 
     def length(self, encoded: Any) -> int:
         return len(encoded)
@@ -198,12 +197,13 @@ class CausalLM(_LanguageModel):
         self.boundaries, self.uncounted = boundaries, tuple(int(i) for i in uncounted)
         self.ahead = 0 if boundaries else 1  # a begin token in front moves the others by one
 
-    def encode(self, examples: Sequence[Any]) -> list[list[int]]:
-        encoded = super().encode(examples)
+    def encode_marked(self, examples: Sequence[Any]) -> tuple[list[list[int]], np.ndarray]:
+        encoded, cut = super().encode_marked(examples)
         if self.boundaries:
+            cut = cut | np.array([len(ids) + 2 > self.max_length for ids in encoded], bool)
             bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
             encoded = [([bos, *ids, eos])[: self.max_length] for ids in encoded]
-        return encoded
+        return encoded, cut
 
     def collate(self, encoded: Sequence[list[int]], rows: Sequence[int]) -> Batch:
         ids, attention = self._padded(encoded)
@@ -243,7 +243,7 @@ class SequenceClassification(_TextTask):
             raise BadInput(f"labels is {labels}; a classifier needs at least 2 classes")
         self.labels = labels
 
-    def encode(self, examples: Sequence[Any]) -> list[_Labelled]:
+    def encode_marked(self, examples: Sequence[Any]) -> tuple[list[_Labelled], np.ndarray]:
         for example in examples:
             if not isinstance(example, Mapping) or "label" not in example or "text" not in example:
                 raise BadInput(
@@ -252,8 +252,8 @@ class SequenceClassification(_TextTask):
             label = example["label"]
             if not isinstance(label, int) or not 0 <= label < self.labels:
                 raise BadInput(f"label {label!r} is outside the range 0 to {self.labels - 1} of this task")
-        ids = self._ids([example["text"] for example in examples])
-        return [_Labelled(i, example["label"]) for i, example in zip(ids, examples)]
+        ids, cut = self._ids([example["text"] for example in examples])
+        return [_Labelled(i, example["label"]) for i, example in zip(ids, examples)], cut
 
     def length(self, encoded: _Labelled) -> int:
         return len(encoded.ids)
