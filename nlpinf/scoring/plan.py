@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from scipy.optimize import nnls
 
 from nlpinf.errors import BadInput
 from nlpinf.influence import QueryVectors
@@ -20,6 +21,7 @@ from nlpinf.scoring.files import write_table
 from nlpinf.scoring.rows import Mode, RowScorer, RowScores
 from nlpinf.scoring.tables import table
 
+_BATCHES = 12  # that are timed at least
 _LONGEST = 64  # texts of the greatest length, whose batch sets the memory
 
 
@@ -71,9 +73,9 @@ def plan(
 ) -> Plan:
     """Measure and extrapolate; the arguments are those of `nlpinf.score`.
 
-    A part of random rows is encoded and cut into batches as a run would. Of its batches, longest to shortest, every
-    k-th is scored and timed, at least `sample` rows, and each of the others is taken to need, per padded token, what the
-    nearest timed ones do. `price` is that of a process for an hour; `seconds_start` what loading took.
+    A part of random rows is encoded and cut into batches as a run would. Of its batches some are scored and timed, at
+    least `sample` rows, from equal shares of the part's tokens; a fit of their times by calls, tokens and attention says
+    what the others need. `price` is that of a process for an hour; `seconds_start` what loading took.
     """
     if sample < 1 or any(count < 1 for count in processes):
         raise BadInput("a plan needs at least 1 row to measure and 1 process")
@@ -83,15 +85,19 @@ def plan(
     seconds_read = time.perf_counter() - began
     size, draw = min(part_rows, feed.size), np.random.default_rng(seed)
     part = feed.taken(draw.choice(feed.size, size, replace=False))
-    began = time.perf_counter()
-    encoded, batches, _ = scorer.arrange(part.examples)
-    seconds_encode = time.perf_counter() - began
+    encoding = []
+    for _ in range(2):  # a tokenizer remembers words, so that the first part of a run takes longer than the others
+        began = time.perf_counter()
+        encoded, batches, _ = scorer.arrange(part.examples)
+        encoding.append(time.perf_counter() - began)
+    seconds_encode = encoding[1]
     seconds_score, measured = _scoring(scorer, encoded, part, batches, sample)
     _longest(scorer, feed, lengths, min(_LONGEST, feed.size))
     seconds_write, bytes_part = _writing(scorer, part, text and feed.has_texts, token_scores, draw)
     seconds_part = seconds_encode + seconds_score + seconds_write
     parts = math.ceil(feed.size / part_rows)
-    start = seconds_start + 2 * seconds_read  # a run reads the corpus once to check it, once to score it
+    # A run reads the corpus once to check it, once to score it.
+    start = seconds_start + 2 * seconds_read + max(0.0, encoding[0] - encoding[1])
     total = seconds_part * feed.size / size
     memory = _peak_memory()
     options = []
@@ -118,24 +124,44 @@ def _lengths(feed: Feed) -> np.ndarray:
 def _scoring(
     scorer: RowScorer, encoded: list[object], part: Part, batches: list[list[int]], sample: int
 ) -> tuple[float, int]:
-    """Return the seconds for all batches, from those of some, and how many rows these have."""
-    wanted, timed = min(8, len(batches)), np.zeros(0, int)
-    while sum(len(batches[number]) for number in timed) < sample and wanted <= len(batches):
-        timed = np.unique(np.linspace(0, len(batches) - 1, wanted).round().astype(int))
-        wanted += 1
+    """Return the seconds for all batches, from those of some, and how many rows these have.
+
+    A batch of n rows padded to w tokens takes about a + b·n·w + c·n·w² seconds with a, b, c ≥ 0: calls, products, attention.
+    """
     task, rows = scorer.stage.task, part.rows
-    padded = np.array([len(chosen) * max(task.length(encoded[i]) for i in chosen) for chosen in batches], float)
-    each = []
-    for number in timed:
+    width = np.array([max(task.length(encoded[i]) for i in chosen) for chosen in batches], float)
+    padded = width * [len(chosen) for chosen in batches]
+    timed = _spread(padded, [len(chosen) for chosen in batches], sample)
+    seconds = []
+    for number in [timed[0], *timed]:
         chosen = batches[int(number)]
-        for _ in range(2):  # the first time is of the allocator's and the caches' warming up, which a run pays once
-            began = time.perf_counter()
-            _, result = scorer.score([encoded[i] for i in chosen], rows[chosen].tolist())
-            result.scores.cpu()
-            seconds = time.perf_counter() - began
-        each.append(seconds / padded[number])
-    per_token = np.interp(np.arange(len(batches)), timed, each)
-    return float(per_token @ padded), sum(len(batches[int(number)]) for number in timed)
+        began = time.perf_counter()
+        _, result = scorer.score([encoded[i] for i in chosen], rows[chosen].tolist())
+        result.scores.cpu()
+        seconds.append(time.perf_counter() - began)
+    del seconds[0]  # of libraries, allocators and caches that warm up, which a run pays once
+    measured = sum(len(batches[int(number)]) for number in timed)
+    if len(timed) == len(batches):
+        return sum(seconds), measured
+    features = np.stack([np.ones(len(batches)), padded, padded * width], 1)
+    features /= features.max(0)
+    fitted = features @ nnls(features[timed], np.array(seconds))[0]
+    return float(fitted.sum() * sum(seconds) / fitted[timed].sum()), measured
+
+
+def _spread(padded: np.ndarray, rows: Sequence[int], sample: int) -> np.ndarray:
+    """Return the numbers of batches, 12 at least and with `sample` rows, each from the middle of an equal share of the tokens.
+
+    So a short batch at the end of a part, which has next to no tokens, does not speak for its neighbours.
+    """
+    middle = np.cumsum(padded) - padded / 2
+    wanted, timed = min(_BATCHES, len(padded)), np.zeros(0, int)
+    while True:
+        shares = (np.arange(wanted) + 0.5) / wanted * padded.sum()
+        timed = np.unique(np.abs(middle[:, None] - shares).argmin(0))
+        if wanted >= len(padded) or sum(rows[int(number)] for number in timed) >= sample:
+            return timed if wanted < len(padded) else np.arange(len(padded))
+        wanted += 1
 
 
 def _longest(scorer: RowScorer, feed: Feed, lengths: np.ndarray, count: int) -> None:

@@ -41,7 +41,7 @@ def test_the_plan_is_what_the_run_takes(monkeypatch: pytest.MonkeyPatch, part_ro
     monkeypatch.setattr(RowScorer, "score", scored)
     scorer, truth = RowScorer(vectors), 0.0
     for start in range(0, ROWS, part_rows):
-        encoded, batches = scorer.arrange(texts[start : start + part_rows])
+        encoded, batches, _ = scorer.arrange(texts[start : start + part_rows])
         truth += sum(cost([len(encoded[i]) for i in chosen]) for chosen in batches)
     found = plan(
         vectors, feed_of(stage.data), part_rows=part_rows, sample=100, processes=(1, 2, 3), price=2.0, seconds_start=5.0
@@ -56,6 +56,55 @@ def test_the_plan_is_what_the_run_takes(monkeypatch: pytest.MonkeyPatch, part_ro
         assert three.hours * 3600 - 5 == pytest.approx(truth * 3 * PART / ROWS, rel=0.05)
     else:
         assert two.hours == one.hours  # one part cannot be shared
+
+
+@pytest.mark.parametrize("sample", [40, 300])
+@pytest.mark.parametrize(("call", "token", "attention"), [(0.01, 1e-3, 0.0), (0.0, 1e-3, 1e-3), (0.05, 1e-4, 1e-5)])
+def test_a_short_last_batch_speaks_for_itself_alone(
+    monkeypatch: pytest.MonkeyPatch, call: float, token: float, attention: float, sample: int
+) -> None:
+    """A call costs as much for 3 rows as for 64, so a token of the last batch costs twenty times as much as others'."""
+    draw = np.random.default_rng(1)
+    texts = [" ".join(draw.choice(WORDS, n)) for n in [*draw.integers(2, 8, 64 * 40), 1, 1, 1]]
+    stage = replace(pretrain_stage("gpt2 sdpa"), data=Corpus(texts), batch_size=64, batch_tokens=4096)
+    clock, calls = [0.0], [0]
+    noise = np.random.default_rng(2).normal(1, 0.1, 10**4)
+
+    def cost(lengths: list[int]) -> float:
+        tokens = len(lengths) * max(lengths)
+        return call + token * tokens + attention * tokens * max(lengths)
+
+    def scored(self: RowScorer, encoded: list[list[int]], rows: list[int]):  # type: ignore[no-untyped-def]
+        clock[0] += cost([len(e) for e in encoded]) * noise[calls[0]]
+        calls[0] += 1
+        return None, BatchScores(torch.zeros(len(encoded)), torch.zeros(len(encoded), 1), None)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(RowScorer, "score", scored)
+    vectors = query_vectors(stage)
+    encoded, batches, _ = RowScorer(vectors).arrange(texts)
+    assert len(batches[-1]) == 3
+    truth = sum(cost([len(encoded[i]) for i in chosen]) for chosen in batches)
+    found = plan(vectors, feed_of(stage.data), part_rows=10**6, sample=sample, processes=(1,))
+    assert found.options[0].hours * 3600 == pytest.approx(truth, rel=0.1)
+    assert sample <= found.measured <= max(64 * 12, 2 * sample)
+
+
+def test_the_first_encoding_is_paid_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = replace(pretrain_stage("gpt2 sdpa"), data=Corpus(["the cat sat"] * 1000))
+    clock, calls = [0.0], [0]
+    arrange = RowScorer.arrange
+
+    def encoding(self: RowScorer, examples: list[str]):  # type: ignore[no-untyped-def]
+        if len(examples) == 100:
+            clock[0] += 5.0 if calls[0] == 0 else 1.0
+            calls[0] += 1
+        return arrange(self, examples)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(RowScorer, "arrange", encoding)
+    found = plan(query_vectors(stage), feed_of(stage.data), part_rows=100, processes=(1,))
+    assert found.options[0].hours * 3600 == pytest.approx(5 + 9)  # ten parts, of which the first takes longer
 
 
 def test_disk_is_what_the_folder_takes(tmp_path) -> None:  # type: ignore[no-untyped-def]
