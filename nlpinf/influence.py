@@ -12,16 +12,21 @@ ends. Source: Chen et al., Multi-Stage Influence Function, NeurIPS 2020; positiv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from nlpinf import parameters as P
+from nlpinf.checkpoints import Checkpoints
 from nlpinf.curvature import cross_product, curvature_samples
+from nlpinf.data.corpus import examples_sha256
 from nlpinf.errors import BadInput
+from nlpinf.growing import Growing, Pulled, grow
 from nlpinf.parameters import Parameters
 from nlpinf.queries import Query
 from nlpinf.solvers import CG, Preconditioning, Solution, Solver, preconditioning
+from nlpinf.spread import mean_and_errors
 from nlpinf.stages import Chain, Link, Stage
 from nlpinf.systems import CurvatureChoice, Relative, System
 
@@ -67,6 +72,9 @@ class ImplicitSolve:
     `sample`     rows of the stage's corpus that the operator averages over; None for all. A second sample of as many
                  other rows, if there are any, measures how far the first determines the answer
     `preconditioner`  "none", "diagonal", "ekfac", "nystrom", "spectral", or a `Preconditioning`
+    `draw`       which of the disjoint samples of this seed and size
+    `starts`     guesses of the solutions, by the stage's name
+    `checkpoints`  where the solve keeps its state, to go on after an interruption
     """
 
     curvature: CurvatureChoice = "ggn"
@@ -76,6 +84,9 @@ class ImplicitSolve:
     seed: int = 0
     allow_unconverged: bool = False
     preconditioner: str | Preconditioning | None = None
+    draw: int = 0
+    starts: Mapping[str, Sequence[Parameters]] = field(default_factory=dict, repr=False)
+    checkpoints: Checkpoints | None = field(default=None, repr=False)
     _systems: dict[int, tuple[Link, System]] = field(default_factory=dict, repr=False)
 
     def settings(self) -> dict[str, Any]:
@@ -97,7 +108,7 @@ class ImplicitSolve:
     def system(self, link: Link) -> System:
         """Return the link's linear system; made once."""
         if id(link) not in self._systems:
-            settings = (self.curvature, self.damping, self.sample, self.seed, self.preconditioner)
+            settings = (self.curvature, self.damping, self.sample, self.seed, self.preconditioner, self.draw)
             self._systems[id(link)] = (link, System(link, *settings))
         return self._systems[id(link)][1]
 
@@ -108,7 +119,9 @@ class ImplicitSolve:
         report = None if progress is None else (lambda k, residual: progress(stage.name, k, residual))
         rights = [P.select(cotangent, system.operator.template) for cotangent in cotangents]
         pulled = []
-        for cotangent, solution in zip(cotangents, system.solve(self.solver, rights, report)):
+        starts = self.starts.get(stage.name)
+        solutions = system.solve(self.solver, rights, report, starts, self.checkpoints)
+        for cotangent, solution in zip(cotangents, solutions):
             if not self.allow_unconverged:
                 solution.required(f"stage {stage.name!r}")
             pulled.append(PulledBack(passed_back(link, cotangent, solution.vector, system.first), solution))
@@ -121,6 +134,8 @@ class QueryVectors:
 
     `verdicts[i]` are the ends of the solves that made it, by stage, the last stage first.
     `values[i]` is q itself. `settings` tell how it was made.
+    `errors[i]` are the vectors e with se(z)² = Σ ⟨e, g'(z)⟩² for the standard error of its scores, where error bars were
+    asked for (`spread.py`); else there are none.
     """
 
     stage: Stage
@@ -129,6 +144,7 @@ class QueryVectors:
     verdicts: tuple[dict[str, Solution], ...]
     values: tuple[float, ...]
     settings: dict[str, Any]
+    errors: tuple[tuple[Parameters, ...], ...] = ()
 
     @property
     def converged(self) -> bool:
@@ -160,38 +176,76 @@ def query_vectors(
     curvature: CurvatureChoice | Sequence[CurvatureChoice] = "ggn",
     damping: float | Relative | Sequence[float | Relative] | None = None,
     solver: Solver | None = None,
-    sample: int | Sequence[int | None] | None = None,
+    sample: int | Growing | Sequence[int | None] | None = None,
+    error_bars: int | None = None,
     seed: int = 0,
     allow_unconverged: bool = False,
     preconditioner: str | Preconditioning | None = None,
     steps: Sequence[Step] | None = None,
+    checkpoint: str | Path | Checkpoints | None = None,
     progress: Progress | None = None,
 ) -> QueryVectors:
     """Return the query vectors v of `queries` through `chain`, with a verdict for every solve.
 
     `curvature`, `damping` and `sample` are one for all stages or one for each, in the chain's order. `damping` defaults
     to `Relative(1e-2)`. `sample` rows of a stage's corpus carry its curvature; None takes all of them, and of one number
-    for all stages a smaller corpus takes all of its own. `steps` replaces all of this by one `Step` a stage. Raises `NotConverged` unless
-    `allow_unconverged`, which is recorded.
+    for all stages a smaller corpus takes all of its own. `Growing()` enlarges it until the order of the scores no longer
+    changes. With `error_bars` K each v is the mean over K disjoint samples, and its scores have standard errors
+    (`spread.py`); a stage whose corpus is too small for K samples takes all of it.
+
+    `checkpoint` is a folder for the states of the solves: the same call goes on after an interruption, to the same
+    vectors; another one is refused. Its owner removes it. `steps` replaces all of this by one `Step` a stage. Raises
+    `NotConverged` unless `allow_unconverged`, which is recorded.
     """
     if not queries:
         raise BadInput("there is no query; give at least one")
-    if steps is None:
-        count = len(chain.links)
-        samples = _each(sample, count)
-        if isinstance(sample, int) and sample <= chain.stages[0].size:
-            samples = [min(sample, stage.size) for stage in chain.stages]
-        for rows, stage in zip(samples, chain.stages):
-            curvature_samples(stage.size, rows, seed)  # refuses more rows than there are, before the first solve
-        steps = [
-            ImplicitSolve(kind, lam, solver or CG(), rows, seed, allow_unconverged, preconditioner)
-            for kind, lam, rows in zip(
-                _each(curvature, count), _each(Relative(1e-2) if damping is None else damping, count), samples
-            )
-        ]
-    last = chain.stages[-1]
+    count, last = len(chain.links), chain.stages[-1]
+    kinds, dampings = _each(curvature, count), _each(Relative(1e-2) if damping is None else damping, count)
+    checkpoints = Checkpoints.of(checkpoint)
+    if checkpoints is not None:
+        checkpoints.about = {"queries": examples_sha256([(q.kind, q.name, q.examples) for q in queries])}
+    repeats = _repeats(chain, sample, error_bars, steps is not None)
+    if steps is None and not isinstance(sample, Growing):
+        for n, stage in zip(_rows(chain, sample, repeats), chain.stages):
+            curvature_samples(stage.size, n, seed)  # refuses more rows than there are, before the first solve
     values = [query.value(last) for query in queries]
-    vectors, verdicts = pull_back(chain, [query.gradient(last) for query in queries], steps, progress)
+    cotangents = [query.gradient(last) for query in queries]
+    made: Sequence[Step] = steps or []
+
+    def pulled(rows: Sequence[int | None], draw: int = 0, before: list[dict[str, Solution]] | None = None) -> Pulled:
+        nonlocal made
+        told_apart = before and len({stage.name for stage in chain.stages}) == count
+        starts = {name: [v[name].vector for v in before] for name in before[0]} if before and told_apart else {}
+        made = steps or [
+            ImplicitSolve(
+                kind, lam, solver or CG(), n, seed, allow_unconverged, preconditioner, draw if n else 0, starts, checkpoints
+            )
+            for kind, lam, n in zip(kinds, dampings, rows)
+        ]  # fmt: skip
+        return pull_back(chain, cotangents, made, progress)
+
+    errors: tuple[tuple[Parameters, ...], ...] = ()
+    more: dict[str, Any] = {}
+    if isinstance(sample, Growing):
+        (vectors, verdicts), more["growth"] = grow(
+            sample, chain.stages[0], seed, lambda n, before: pulled(_rows(chain, n, 1), 0, before)
+        )
+    elif repeats > 1:
+        rows = _rows(chain, sample, repeats)
+        sizes = {s.name: n for s, n in zip(chain.stages, rows) if n is not None}
+        unseen = max(1 - repeats * n / s.size for s, n in zip(chain.stages, rows) if n is not None)
+        draws = [pulled(rows, 0)]
+        for draw in range(1, repeats):
+            draws.append(pulled(rows, draw, draws[-1][1]))
+        pairs = [mean_and_errors([d[0][q] for d in draws], unseen) for q in range(len(queries))]
+        vectors, errors = [mean for mean, _ in pairs], tuple(error for _, error in pairs)
+        verdicts = [
+            {f"{name}, sample {k}": end for k, d in enumerate(draws, 1) for name, end in d[1][q].items()}
+            for q in range(len(queries))
+        ]
+        more["error_bars"] = {"samples": repeats, "rows": sizes, "unseen": unseen}
+    else:
+        vectors, verdicts = pulled(_rows(chain, sample, 1) if steps is None else [])
     settings = {
         "stages": [
             {
@@ -204,10 +258,43 @@ def query_vectors(
             for s in chain.stages
         ],
         "transfer": [_transfer(link) for link in chain.links[1:]],
-        "steps": [step.settings() for step in steps],
+        "steps": [step.settings() for step in made],
         "sign": "positive = harmful",
+        **more,
     }
-    return QueryVectors(chain.stages[0], tuple(queries), tuple(vectors), tuple(verdicts), tuple(values), settings)
+    return QueryVectors(
+        chain.stages[0], tuple(queries), tuple(vectors), tuple(verdicts), tuple(values), settings, errors
+    )
+
+
+def _rows(chain: Chain, sample: Any, repeats: int) -> list[int | None]:
+    """Return the rows of each stage's curvature sample; of one number for all, a stage that lacks them takes all it has."""
+    first = chain.stages[0].size
+    if not isinstance(sample, int) or sample * repeats > first:
+        return _each(sample, len(chain.links))
+    return [sample if sample * repeats <= stage.size else None for stage in chain.stages]
+
+
+def _repeats(chain: Chain, sample: Any, error_bars: int | None, own_steps: bool) -> int:
+    """Return over how many samples v is the mean."""
+    if error_bars is None:
+        return 1
+    if own_steps or isinstance(sample, Growing):
+        raise BadInput(
+            "error bars come from samples of a fixed size; let it grow first, then give the size that it reached"
+        )
+    if error_bars < 2:
+        raise BadInput(f"error bars from {error_bars} samples were asked for; at least 2 are needed")
+    rows = _rows(chain, sample, error_bars)
+    if all(n is None for n in rows):
+        raise BadInput("error bars need a sample: where all rows carry the curvature, none are left to vary")
+    for n, stage in zip(rows, chain.stages):
+        if n is not None and n * error_bars > stage.size:
+            raise BadInput(
+                f"{error_bars} disjoint samples of {n} rows were asked for, but the corpus of stage {stage.name!r} has "
+                f"{stage.size}; give a sample of at most {stage.size // error_bars}"
+            )
+    return error_bars
 
 
 def _transfer(link: Link) -> Any:

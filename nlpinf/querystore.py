@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,16 +16,19 @@ from nlpinf.adapters.runs import stage_from_run, told_record
 from nlpinf.data.corpus import examples_sha256
 from nlpinf.errors import BadInput
 from nlpinf.influence import QueryVectors
+from nlpinf.parameters import Parameters
 from nlpinf.queries import Query
 from nlpinf.solvers import Solution
-from nlpinf.stages import Chain
+from nlpinf.stages import Chain, Stage
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+SOLVES = "solves"
+_VECTORS = ("vectors-", "errors-")
 
 
 def claim(folder: str | Path) -> Path:
-    """Say whether a query may be saved in `folder`: one that is new, empty, or left by a save that was interrupted.
+    """Say whether a query may be saved in `folder`: one that is new, empty, or left by a query that was interrupted.
 
     Raises `BadInput` if it holds a query or other files. Makes nothing, so it can be asked before the long work.
     """
@@ -34,9 +38,14 @@ def claim(folder: str | Path) -> Path:
     names = {p.name for p in folder.iterdir()} if folder.exists() else set()
     if MANIFEST in names:
         raise BadInput(f"{folder}: holds a query already; give a new folder, or delete this one")
-    if strange := [name for name in names if not name.startswith(("vectors-", MANIFEST))]:
+    if strange := [name for name in names if name != SOLVES and not name.startswith((*_VECTORS, MANIFEST))]:
         raise BadInput(f"{folder}: holds other files ({min(strange)}); give a new folder for the query")
     return folder
+
+
+def solves(folder: str | Path) -> Path:
+    """Return where the solves of a query that is to be saved in `folder` keep their checkpoints; `save` removes them."""
+    return Path(folder) / SOLVES
 
 
 def save(vectors: QueryVectors, folder: str | Path, chain: Chain, found: Mapping[str, Any] | None = None) -> Path:
@@ -64,13 +73,19 @@ def save(vectors: QueryVectors, folder: str | Path, chain: Chain, found: Mapping
         )
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.iterdir():
-        stale.unlink()
+        if stale.name != SOLVES:
+            stale.unlink()
     queries = []
     for i, (query, vector, verdicts, value) in enumerate(
         zip(vectors.queries, vectors.vectors, vectors.verdicts, vectors.values)
     ):
         path = folder / f"vectors-{i:05d}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in vector.items()}, path)
+        errors = vectors.errors[i] if vectors.errors else ()
+        where = folder / f"errors-{i:05d}.safetensors"
+        if errors:
+            tensors = {f"{j}/{name}": t.contiguous() for j, error in enumerate(errors) for name, t in error.items()}
+            save_file(tensors, where)
         queries.append(
             {
                 "id": i,
@@ -80,6 +95,7 @@ def save(vectors: QueryVectors, folder: str | Path, chain: Chain, found: Mapping
                 "value": value,
                 "file": path.name,
                 "sha256": file_sha256(path),
+                **({"errors": {"file": where.name, "sha256": file_sha256(where)}} if errors else {}),
                 "verdicts": {name: solution.summary() for name, solution in verdicts.items()},
             }
         )
@@ -94,6 +110,7 @@ def save(vectors: QueryVectors, folder: str | Path, chain: Chain, found: Mapping
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     write_json(folder / MANIFEST, content)
+    shutil.rmtree(solves(folder), ignore_errors=True)
     return folder
 
 
@@ -129,20 +146,35 @@ def load(
         )
     if data is not None and (expected := first["data"].get("sha256")) not in (None, examples_sha256(stage.data)):
         raise BadInput(f"{data}: the texts are not those of the run (sha256 differs from {expected[:12]}…)")
-    vectors, verdicts, queries = [], [], []
+    vectors, verdicts, queries, errors = [], [], [], []
     for entry in content["queries"]:
-        path = folder / entry["file"]
-        if not path.is_file() or file_sha256(path) != entry["sha256"]:
-            raise BadInput(f"{path}: is missing or changed since the query was made; make the query again")
-        try:
-            vectors.append({n: t.to(stage.device) for n, t in load_file(path).items()})
-        except Exception as error:
-            raise BadInput(f"{path}: cannot be read ({one_line(error)}); make the query again") from error
+        vectors.append(_tensors(folder, entry, stage))
+        if "errors" in entry:
+            errors.append(_numbered(_tensors(folder, entry["errors"], stage)))
         queries.append(Query(entry["kind"], tuple(entry["examples"]), entry["name"]))
         verdicts.append({name: _solution(summary) for name, summary in entry["verdicts"].items()})
     values = tuple(entry["value"] for entry in content["queries"])
     settings = {**content["settings"], "query_folder": folder.name}
-    return QueryVectors(stage, tuple(queries), tuple(vectors), tuple(verdicts), values, settings)
+    return QueryVectors(stage, tuple(queries), tuple(vectors), tuple(verdicts), values, settings, tuple(errors))
+
+
+def _tensors(folder: Path, entry: Mapping[str, Any], stage: Stage) -> Parameters:
+    path = folder / entry["file"]
+    if not path.is_file() or file_sha256(path) != entry["sha256"]:
+        raise BadInput(f"{path}: is missing or changed since the query was made; make the query again")
+    try:
+        return {n: t.to(stage.device) for n, t in load_file(path).items()}
+    except Exception as error:
+        raise BadInput(f"{path}: cannot be read ({one_line(error)}); make the query again") from error
+
+
+def _numbered(tensors: Parameters) -> tuple[Parameters, ...]:
+    """Return the trees of a file whose names are NUMBER/NAME."""
+    trees: dict[int, Parameters] = {}
+    for key, tensor in tensors.items():
+        number, name = key.split("/", 1)
+        trees.setdefault(int(number), {})[name] = tensor
+    return tuple(trees[j] for j in sorted(trees))
 
 
 def _solution(summary: Mapping[str, Any]) -> Solution:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from nlpinf.checkpoints import Checkpoints, sketch
 from nlpinf.curvature import Curvature, CurvatureKind, Shifted, curvature_samples
 from nlpinf.curvature.spectrum import smallest_ritz_value
+from nlpinf.data.corpus import examples_sha256
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
 from nlpinf.solvers import Preconditioner, Preconditioning, Solution, Solver, preconditioning
-from nlpinf.stages import Link
+from nlpinf.stages import Link, fingerprint
 
 CurvatureChoice = CurvatureKind | Literal["auto"]
 
@@ -47,10 +51,10 @@ class System:
         sample: int | None,
         seed: int,
         preconditioner: str | Preconditioning | None = None,
+        draw: int = 0,
     ) -> None:
-        self.link, self.seed = link, seed
-        self.first, rest = curvature_samples(link.stage.size, sample, seed)
-        self.rest = rest
+        self.link, self.seed, self.draw, self.asked = link, seed, draw, damping
+        self.first, self.rest = curvature_samples(link.stage.size, sample, seed, draw)
         self.preconditioning = preconditioning(preconditioner)
         self.reason = ""
         if curvature != "auto":
@@ -91,18 +95,67 @@ class System:
         self.reason = f"Gauss-Newton matrix: {why}"
 
     def solve(
-        self, solver: Solver, rights: Sequence[Parameters], progress: Callable[[int, float], None] | None = None
+        self,
+        solver: Solver,
+        rights: Sequence[Parameters],
+        progress: Callable[[int, float], None] | None = None,
+        starts: Sequence[Parameters] | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> list[Solution]:
-        """Return the solution for every right-hand side; a preconditioner that the solver brings itself comes first."""
-        own: Any = solver
-        if self.preconditioning is not None and getattr(solver, "preconditioner", False) is None:
-            if self._preconditioner is None:
-                self._preconditioner = self.preconditioning.fit(self.operator)
-            own = replace(own, preconditioner=self._preconditioner)
-        solutions = own.many(self.operator, rights, self.second, progress)
+        """Return the solution for every right-hand side; a preconditioner that the solver brings itself comes first.
+
+        `starts` are guesses of the solutions. With `checkpoints` a solve that was interrupted goes on, and one that was
+        done before is not done again.
+        """
+
+        def run(part: Any) -> list[Solution]:
+            own: Any = solver
+            if self.preconditioning is not None and getattr(solver, "preconditioner", False) is None:
+                if self._preconditioner is None:
+                    self._preconditioner = self.preconditioning.fit(self.operator)
+                own = replace(own, preconditioner=self._preconditioner)
+            return own.many(self.operator, rights, self.second, progress, starts, part)  # type: ignore[no-any-return]
+
+        if checkpoints is None:
+            solutions = run(None)
+        else:
+            identity = self._identity(solver, rights, starts)
+            kept = checkpoints.of_solve(
+                self.link.stage.name, identity, next(iter(self.operator.template.values())).device
+            )
+            solutions = kept.solved("solve", run)
         if self._fallback is not None and any(s.verdict == "negative curvature" for s in solutions):
             self._fall_back("a solve with the damped Hessian met negative curvature")
-            return self.solve(solver, rights, progress)
+            return self.solve(solver, rights, progress, starts, checkpoints)
         if not self.reason:
             return solutions
         return [replace(s, note="; ".join(filter(None, (s.note, self.reason)))) for s in solutions]
+
+    def _identity(
+        self, solver: Solver, rights: Sequence[Parameters], starts: Sequence[Parameters] | None
+    ) -> dict[str, Any]:
+        """Return what must be the same for a solve to go on: all that its answer depends on.
+
+        But for the number of products allowed, which a later run may raise.
+        """
+        stage, relative = self.link.stage, isinstance(self.asked, Relative)
+        rows = {"rows": stage.rows[self.first].tolist(), "trained": list(stage.trained or ()), "shift": self.link.shift}
+        return {
+            "stage": stage.name,
+            "weights": fingerprint(stage.parameters),
+            "curvature": self.kind,
+            "damping": f"relative {self.asked.factor}" if isinstance(self.asked, Relative) else self.asked,
+            "sample": len(self.first),
+            "seed": self.seed,
+            "sample rows": examples_sha256([(stage.data[i],) for i in self.first]),
+            "sample's numbers, decay or proximity": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+            "reduction": [stage.reduction, stage.size, stage.items if stage.reduction == "token" else None],
+            "task": stage.task.settings(),
+            "solver": {k: v for k, v in solver.settings().items() if k != "max_iterations"},
+            "preconditioner": None if self.preconditioning is None else self.preconditioning.settings(),
+            "measured": {
+                **({"damping": self.operator.damping} if relative else {}),
+                "right-hand sides": sketch(rights),
+                "starts": sketch(starts or ()),
+            },
+        }

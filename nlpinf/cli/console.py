@@ -143,6 +143,31 @@ def shown(text: str | None, width: int = 110) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
+def sampling_lines(settings: Mapping[str, Any]) -> list[str]:
+    """Return what a query's manifest tells of a curvature sample that grew, and of error bars."""
+    lines = []
+    if growth := settings.get("growth"):
+        for size in growth["sizes"]:
+            told = [f"sample of {size['rows']:,} rows: {size['verdict']} after {size['products']:,} products"]
+            if size["second_residual"] is not None:
+                told.append(f"second sample {size['second_residual']:.2f}")
+            if size["spearman"] is not None:
+                told.append(f"rank correlation with the size before {size['spearman']:.3f}")
+            lines.append(", ".join(told))
+        lines.append(f"The sample {GROWTH[growth['ended']]}.")
+    if bars := settings.get("error_bars"):
+        rows = ", ".join(f"{n:,} of {stage}" for stage, n in bars["rows"].items())
+        lines.append(f"Standard errors from {bars['samples']} disjoint samples ({rows}).")
+    return lines
+
+
+GROWTH = {
+    "stable": "is large enough: a larger one leaves the scores in their order",
+    "whole corpus": "grew to the whole corpus, and plays no part any more",
+    "limit reached": "reached its limit while the order of the scores still changed: trust it less than the solves' residuals",
+}
+
+
 def row_dict(row: ScoredRow) -> dict[str, Any]:
     """Return a scored row for JSON."""
     return {key: value for key, value in vars(row).items() if value is not None}

@@ -11,11 +11,13 @@ import typer
 from nlpinf import processes, querystore
 from nlpinf.adapters.chains import open_chain
 from nlpinf.adapters.plain import Told
+from nlpinf.checkpoints import MINUTES, Checkpoints
 from nlpinf.cli import console
 from nlpinf.cli.run import verdict_table
 from nlpinf.data.labelled import read_rows
 from nlpinf.errors import BadInput
 from nlpinf.experiments.stages import misclassified as wrong_rows
+from nlpinf.growing import Growing
 from nlpinf.influence import Relative, query_vectors
 from nlpinf.queries import Query
 from nlpinf.solvers import CG, MINRES, Direct, LiSSA, Refined
@@ -91,8 +93,17 @@ def query(
     relative_damping: float = typer.Option(
         0.01, help="Damping as a multiple of the mean eigenvalue; used without --damping."
     ),
-    sample: int | None = typer.Option(
-        None, help="Rows that carry the curvature of each stage (default: at most 1,024, half of the corpus)."
+    sample: str | None = typer.Option(
+        None,
+        metavar="ROWS|grow",
+        help="Rows that carry the curvature of each stage (default: at most 1,024, half of the corpus); grow: from 1,024 on twice as many until the order of the scores no longer changes.",
+    ),
+    sample_limit: int | None = typer.Option(
+        None, help="With --sample grow: rows at most (default: the whole corpus).", min=1
+    ),
+    error_bars: int | None = typer.Option(
+        None,
+        help="Solve on so many disjoint samples (at least 2; 4 is a good number): the scores get standard errors.",
     ),
     alpha: float | None = typer.Option(
         None, help="Proximity α of the finetuning, where the run did not record it (default: fitted from the two runs)."
@@ -100,6 +111,14 @@ def query(
     tolerance: float = typer.Option(1e-3, help="Relative residual of the solves."),
     max_iterations: int = typer.Option(1000, help="Curvature products of a solve at most."),
     seed: int = typer.Option(0, help="Seed of the curvature sample."),
+    checkpoint_every: float = typer.Option(
+        MINUTES, help="Minutes between checkpoints of a solve: what an interruption costs at most.", min=0
+    ),
+    restart: bool = typer.Option(
+        False,
+        "--restart",
+        help="Start the solves afresh, though the folder holds those of a query that was interrupted.",
+    ),
     allow_unconverged: bool = typer.Option(False, help="Keep solves that did not converge; every result says so."),
     corpus: str | None = typer.Option(None, help="Where the pretraining's texts lie.", rich_help_panel=_UNRECORDED),
     text_column: str | None = typer.Option(None, help="Their column (default: text).", rich_help_panel=_UNRECORDED),
@@ -143,6 +162,7 @@ def query(
 
     A run is what nlpinf or nlpinf.StageRecorder recorded, or a plain output folder of a Hugging Face Trainer; what such a
     folder does not store is told by options, or assumed and listed.
+    A query that was interrupted goes on where it was when the same command is given again.
 
     Example: nlpinf query --pretrain demo/pretrain --finetune demo/finetune --test demo/data/test.jsonl --out query
     """
@@ -159,6 +179,7 @@ def query(
         if solver is not SolverName.cg:
             raise BadInput(f"--precision goes with --solver cg, not with {solver.value}")
         chosen_solver = Refined(chosen_solver, precision.value)
+    rows_of_sample = _sample(sample, sample_limit)
     querystore.claim(out)
     told = [
         Told(
@@ -198,8 +219,9 @@ def query(
         queries.append(
             Query.loss(rows[i], f"loss of test row {i}: {rows[i]['text'][:50]!r} (label {rows[i]['label']})")
         )
-    if sample is None:
-        sample = min(1024, max(1, chain.stages[0].size // 2))
+    if rows_of_sample is None:
+        rows_of_sample = min(1024, max(1, chain.stages[0].size // max(2, error_bars or 2)))
+    kept = Checkpoints(querystore.solves(out), checkpoint_every, restart=restart, say=_tell)
     with console.bars() as bars:
         vectors = query_vectors(
             chain,
@@ -208,9 +230,11 @@ def query(
             damping=Relative(relative_damping) if damping is None else damping,
             solver=chosen_solver,
             preconditioner=None if preconditioner is PreconditionerName.none else preconditioner.value,
-            sample=sample,
+            sample=rows_of_sample,
+            error_bars=error_bars,
             seed=seed,
             allow_unconverged=allow_unconverged,
+            checkpoint=kept,
             progress=lambda stage, k, residual: bars(f"solve {stage}", k, max_iterations, f"residual {residual:.1e}"),
         )
     if not processes.main():
@@ -223,3 +247,20 @@ def query(
         for line in opened.lines:
             console.out.print(line, highlight=False, markup=False, soft_wrap=True)
         console.out.print(verdict_table(manifest["queries"]))
+        for line in console.sampling_lines(manifest["settings"]):
+            console.say(line)
+
+
+def _sample(given: str | None, limit: int | None) -> int | Growing | None:
+    if given == "grow":
+        start = Growing().start
+        return Growing(start=min(start, limit or start), limit=limit)
+    if limit is not None:
+        raise BadInput("--sample-limit goes with --sample grow")
+    if given is not None and not given.isdecimal():
+        raise BadInput(f"--sample {given} is neither a number of rows nor 'grow'")
+    return None if given is None else int(given)
+
+
+def _tell(line: str) -> None:
+    console.err.print(line, highlight=False, markup=False)

@@ -198,10 +198,12 @@ def cross_product(stage: Stage, vector: Parameters, names: Iterable[str], indice
     return P.mean_like(processes.total(total), len(indices), template)
 
 
-def curvature_samples(size: int, sample: int | None, seed: int) -> tuple[list[int], list[int]]:
+def curvature_samples(size: int, sample: int | None, seed: int, draw: int = 0) -> tuple[list[int], list[int]]:
     """Return two disjoint lists of positions: the curvature sample and a second one of at most the same length.
 
-    `sample` None takes every row, and leaves none for the second. The draw is a function of (size, seed).
+    `sample` None takes every row, and leaves none for the second. Samples of the same seed and length with numbers `draw`
+    0, 1, ... are disjoint; the second is the next one, of the last one that fits the first. One of a larger `sample` and
+    draw 0 holds the smaller one. The draw is a function of (size, seed).
     """
     if sample is None or sample == size:
         return list(range(size)), []
@@ -209,5 +211,11 @@ def curvature_samples(size: int, sample: int | None, seed: int) -> tuple[list[in
         raise BadInput(
             f"the curvature sample is {sample} rows, but the corpus has {size}; give a number from 1 to {size}"
         )
+    if (draw + 1) * sample > size:
+        raise BadInput(
+            f"{draw + 1} disjoint curvature samples of {sample} rows were asked for, but the corpus has {size}; "
+            f"give at most {size // (draw + 1)}"
+        )
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(order[:sample]), sorted(order[sample : 2 * sample])
+    begin, end = draw * sample, (draw + 1) * sample
+    return sorted(order[begin:end]), sorted((order[end:] + order[:begin])[:sample])

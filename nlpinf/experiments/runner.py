@@ -190,6 +190,7 @@ class Runner:
             sample=settings.sample,
             seed=self.recipe.seed,
             allow_unconverged=settings.allow_unconverged,
+            checkpoint=querystore.solves(folder),
             progress=follow,
         )
         if self.progress is not None:

@@ -1,11 +1,12 @@
-"""How a solve ends: the `Solution` contract, shared by every solver."""
+"""How a solve runs and ends: the `Solution` contract, starts and interruptions, shared by every solver."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from nlpinf import parameters as P
 from nlpinf.curvature.operators import Operator
@@ -14,6 +15,7 @@ from nlpinf.parameters import Parameters
 
 Verdict = Literal["converged", "not converged", "negative curvature", "diverged", "not finite"]
 Preconditioner = Callable[[Parameters], Parameters]
+Progress = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,36 @@ def asdict_without_vector(solution: Solution) -> dict[str, Any]:
     return {k: v for k, v in vars(solution).items() if k != "vector"}
 
 
+class Checkpoint(Protocol):
+    """Where a solve keeps its state, so that one that was killed goes on from there to the same answer."""
+
+    def restored(self) -> dict[str, Any] | None:
+        """Return the fields of the state that was kept last; None if there is none."""
+        ...
+
+    def keep(self, state: dict[str, Any]) -> None:
+        """Take the fields of a state: trees of tensors, and what JSON holds. It is written now and then."""
+        ...
+
+    def solved(self, name: str, solve: Callable[[Checkpoint], list[Solution]]) -> list[Solution]:
+        """Return the solutions of the part `name` of this solve, if it is done, or else what `solve` returns for it."""
+        ...
+
+
 class Solver(Protocol):
-    """Solves `operator @ x = right`; measures the end on `operator` and on `second` if there is one."""
+    """Solves `operator @ x = right`; measures the end on `operator` and on `second` if there is one.
+
+    `start` is a first guess of x, from which the solve starts if it is nearer than zero.
+    """
 
     def __call__(
         self,
         operator: Operator,
         right: Parameters,
         second: Operator | None = None,
-        progress: Callable[[int, float], None] | None = None,
+        progress: Progress | None = None,
+        start: Parameters | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> Solution:
         """Return the solution with its verdict; never raises for numerical reasons."""
         ...
@@ -96,7 +119,9 @@ class Solver(Protocol):
         operator: Operator,
         rights: Sequence[Parameters],
         second: Operator | None = None,
-        progress: Callable[[int, float], None] | None = None,
+        progress: Progress | None = None,
+        starts: Sequence[Parameters] | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> list[Solution]:
         """Return the solution for every right-hand side."""
         ...
@@ -114,10 +139,130 @@ class EachAlone:
         operator: Operator,
         rights: Sequence[Parameters],
         second: Operator | None = None,
-        progress: Callable[[int, float], None] | None = None,
+        progress: Progress | None = None,
+        starts: Sequence[Parameters] | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> list[Solution]:
         """Return the solution for every right-hand side."""
-        return [self(operator, right, second, progress) for right in rights]  # type: ignore[operator]
+        alone: Any = self
+
+        def one(i: int) -> Callable[[Checkpoint | None], list[Solution]]:
+            start = None if starts is None else starts[i]
+            return lambda part: [alone(operator, rights[i], second, progress, start, part)]
+
+        return [in_part(checkpoint, f"right-{i}", one(i))[0] for i in range(len(rights))]
+
+
+def in_part(
+    checkpoint: Checkpoint | None, name: str, solve: Callable[[Checkpoint | None], list[Solution]]
+) -> list[Solution]:
+    """Return what `solve` gives, from the checkpoint if it has been done before."""
+    return solve(None) if checkpoint is None else checkpoint.solved(name, solve)
+
+
+@dataclass(kw_only=True)
+class State:
+    """What an iteration knows. Fields are trees of tensors or what JSON holds, and all that the next step depends on.
+
+    `verdict` is set when the iteration ends of itself; the budget, which a later run may raise, ends it without one.
+    """
+
+    iterations: int = 0
+    history: list[float] = field(default_factory=list)
+    verdict: Verdict | None = None
+
+
+S = TypeVar("S", bound=State)
+
+
+def iterated(
+    kind: type[S],
+    begin: Callable[[], S],
+    advance: Callable[[S], None],
+    budget: int,
+    operator: Operator,
+    checkpoint: Checkpoint | None,
+) -> tuple[S, int]:
+    """Advance a state to its end, and return it with the operator's count of products before the solve.
+
+    A state that was kept is taken up; the products spent on it count as if they had been made now.
+    """
+    before = operator.products
+    kept = None if checkpoint is None else checkpoint.restored()
+    if kept is None:
+        state = begin()
+    else:
+        operator.products += kept.pop("products")
+        state = kind(**kept)
+    while state.verdict is None and state.iterations < budget:
+        advance(state)
+        if checkpoint is not None:
+            checkpoint.keep({**vars(state), "products": operator.products - before})
+    return state, before
+
+
+def begun(operator: Operator, right: Parameters, start: Parameters | None) -> tuple[Parameters, Parameters]:
+    """Return x and b − C x at the start: the guess, or zero if that is nearer."""
+    if start is not None:
+        residual = P.axpy(-1.0, operator @ start, right)
+        if P.norm(residual) < P.norm(right):
+            return start, residual
+    return P.zeros_like(right), right
+
+
+@dataclass(frozen=True)
+class Iterative(EachAlone, ABC):
+    """A solver that improves an iterate until a residual or a number of products is reached.
+
+    `tolerance`       relative residual ‖b − C x‖/‖b‖ to reach, checked with a true residual
+    `max_iterations`  curvature products at most, but for those that check
+    `preconditioner`  v ↦ M⁻¹ v with M symmetric positive definite
+    """
+
+    tolerance: float = 1e-3
+    max_iterations: int = 1000
+    preconditioner: Preconditioner | None = None
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        checked(self.tolerance, self.max_iterations)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "tolerance": self.tolerance,
+            "max_iterations": self.max_iterations,
+            "preconditioned": self.preconditioner is not None,
+        }
+
+    def __call__(
+        self,
+        operator: Operator,
+        right: Parameters,
+        second: Operator | None = None,
+        progress: Progress | None = None,
+        start: Parameters | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> Solution:
+        scale = P.norm(right)
+        if not math.isfinite(scale) or scale == 0:
+            end: Verdict = "converged" if scale == 0 else "not finite"
+            zeros = P.zeros_like(right)
+            return finished(self.name, operator, second, right, zeros, end, self.tolerance, [], operator.products)
+        return self.solve(operator, right, scale, second, progress, start, checkpoint)
+
+    @abstractmethod
+    def solve(
+        self,
+        operator: Operator,
+        right: Parameters,
+        scale: float,
+        second: Operator | None,
+        progress: Progress | None,
+        start: Parameters | None,
+        checkpoint: Checkpoint | None,
+    ) -> Solution:
+        """Solve for a right-hand side of norm `scale`, finite and not zero."""
 
 
 def checked(tolerance: float, max_iterations: int) -> None:

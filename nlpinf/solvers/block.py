@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,7 +20,17 @@ from torch import Tensor
 from nlpinf import parameters as P
 from nlpinf.curvature.operators import Operator
 from nlpinf.parameters import Parameters
-from nlpinf.solvers.base import Preconditioner, Solution, Verdict, finished
+from nlpinf.solvers.base import (
+    Checkpoint,
+    Preconditioner,
+    Progress,
+    Solution,
+    State,
+    Verdict,
+    begun,
+    finished,
+    iterated,
+)
 
 _PART = 1 << 20  # entries of a column that are widened to float64 at a time
 _DEPENDENT = 1e-10  # share of the largest eigenvalue of a Gram matrix below which a direction is dropped
@@ -83,6 +94,17 @@ class Columns:
         return torch.tensor([P.dot(self[i], self[i]) for i in range(len(self))], dtype=torch.float64)
 
 
+@dataclass(kw_only=True)
+class _State(State):
+    """Columns x, r and p as trees of (k, ...); `reached` the largest true residual of the last check; p None to begin."""
+
+    x: Parameters
+    r: Parameters
+    p: Parameters | None = None
+    reached: float = 1.0
+    histories: list[list[float]] = field(default_factory=list)
+
+
 def block_cg(
     operator: Operator,
     rights: Sequence[Parameters],
@@ -90,7 +112,9 @@ def block_cg(
     precondition: Preconditioner | None,
     tolerance: float,
     max_iterations: int,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
+    starts: Sequence[Parameters] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[Solution]:
     """Return the solution of C x = b for every b in `rights`; `max_iterations` counts a block of products as one."""
     scales = [P.norm(b) for b in rights]
@@ -103,12 +127,16 @@ def block_cg(
     spent = {i: 0.0 for i in range(len(rights))}
     if live:
         b = Columns.of([P.scaled(1 / scales[i], rights[i]) for i in live])
-        before = operator.products
-        x, verdicts, histories_live = _run(operator, b, precondition, tolerance, max_iterations, progress)
+        guesses = [None if starts is None else P.scaled(1 / scales[i], starts[i]) for i in live]
+        run = _Run(operator, b, precondition, tolerance, progress)
+        s, before = iterated(_State, lambda: run.begin(guesses), run.advance, max_iterations, operator, checkpoint)
         share = (operator.products - before) / len(live)
+        x, verdict = Columns(s.x), s.verdict or "not converged"
+        sizes = Columns(s.r).gram_diagonal().sqrt()
         for column, i in enumerate(live):
-            vectors[i], ends[i] = P.scaled(scales[i], x[column]), verdicts[column]
-            histories[i], spent[i] = histories_live[column], share
+            vectors[i] = P.scaled(scales[i], x[column])
+            ends[i] = "converged" if float(sizes[column]) <= tolerance else verdict
+            histories[i], spent[i] = s.histories[column], share
     solutions = []
     for i, right in enumerate(rights):
         before = operator.products - math.ceil(spent[i])
@@ -118,70 +146,71 @@ def block_cg(
     return solutions
 
 
-def _run(
-    operator: Operator,
-    b: Columns,
-    precondition: Preconditioner | None,
-    tolerance: float,
-    budget: int,
-    progress: Callable[[int, float], None] | None,
-) -> tuple[Columns, list[Verdict], list[list[float]]]:
-    x = Columns({name: torch.zeros_like(tensor) for name, tensor in b.tensors.items()})
-    r, sizes, reached, done = b, torch.ones(len(b), dtype=torch.float64), 1.0, 0
-    histories: list[list[float]] = [[] for _ in range(len(b))]
-    while True:
-        x, r, verdict, done = _iterate(operator, x, r, precondition, tolerance, budget, done, histories, progress)
-        if verdict != "converged":
-            break
-        r = x.mapped(lambda v: operator @ v).combined(-torch.eye(len(b), dtype=torch.float64), b)
-        sizes = r.gram_diagonal().sqrt()
-        worst = float(sizes.max())
-        if worst <= tolerance or worst > 0.5 * reached or done >= budget:  # there, or rounding allows no better
-            break
-        reached = worst
-    ended: list[Verdict] = ["converged" if float(s) <= tolerance else verdict for s in r.gram_diagonal().sqrt()]
-    return x, ended, histories
+@dataclass(frozen=True)
+class _Run:
+    operator: Operator
+    b: Columns
+    precondition: Preconditioner | None
+    tolerance: float
+    progress: Progress | None
 
+    def begin(self, guesses: Sequence[Parameters | None]) -> _State:
+        pairs = [begun(self.operator, self.b[i], guess) for i, guess in enumerate(guesses)]
+        x, r = (Columns.of(column) for column in zip(*pairs))
+        reached = float(r.gram_diagonal().sqrt().max())
+        histories: list[list[float]] = [[] for _ in guesses]
+        verdict: Verdict | None = "converged" if reached <= self.tolerance else None
+        return _State(x=x.tensors, r=r.tensors, reached=reached, histories=histories, verdict=verdict)
 
-def _iterate(
-    operator: Operator,
-    x: Columns,
-    r: Columns,
-    precondition: Preconditioner | None,
-    tolerance: float,
-    budget: int,
-    done: int,
-    histories: list[list[float]],
-    progress: Callable[[int, float], None] | None,
-) -> tuple[Columns, Columns, Verdict, int]:
-    def needed(r: Columns) -> Columns:
-        open_ = (r.gram_diagonal().sqrt() > tolerance).nonzero()[:, 0]
-        rest = r.chosen(open_)
-        return rest if precondition is None or not len(rest) else rest.mapped(precondition)
+    def advance(self, s: _State) -> None:
+        """Take one step; where all columns seem done, compare with the true residuals, and go on from them if that helps."""
+        if s.p is None:
+            s.p = self._needed(Columns(s.r)).orthonormal().tensors
+        if len(Columns(s.p)):
+            self._step(s)
+        else:
+            s.verdict = "converged"
+        if s.verdict != "converged":
+            return
+        x = Columns(s.x)
+        r = x.mapped(lambda v: self.operator @ v).combined(-torch.eye(len(x), dtype=torch.float64), self.b)
+        s.r, worst = r.tensors, float(r.gram_diagonal().sqrt().max())
+        if self.tolerance < worst <= 0.5 * s.reached:  # else they are there, or rounding allows no better
+            s.p, s.reached, s.verdict = None, worst, None
 
-    p = needed(r).orthonormal()
-    while len(p) and done < budget:
-        done += 1
-        cp = p.mapped(lambda v: operator @ v)
+    def _step(self, s: _State) -> None:
+        assert s.p is not None
+        x, r, p = Columns(s.x), Columns(s.r), Columns(s.p)
+        s.iterations += 1
+        cp = p.mapped(lambda v: self.operator @ v)
         d = p.gram(cp)
         if not bool(torch.isfinite(d).all()):
-            return x, r, "not finite", done
+            s.verdict = "not finite"
+            return
         values, vectors = torch.linalg.eigh((d + d.T) / 2)
         if float(values[0]) <= 0:
-            return x, r, "negative curvature", done
+            s.verdict = "negative curvature"
+            return
         inverse = vectors / values @ vectors.T
         step = inverse @ p.gram(r)
         x, r = p.combined(step, x), cp.combined(-step, r)
+        s.x, s.r = x.tensors, r.tensors
         sizes = r.gram_diagonal().sqrt()
-        for history, size in zip(histories, sizes.tolist()):
+        for history, size in zip(s.histories, sizes.tolist()):
             history.append(size)
         worst = float(sizes.max())
-        if progress is not None:
-            progress(done, worst)
+        if self.progress is not None:
+            self.progress(s.iterations, worst)
         if not math.isfinite(worst):
-            return x, r, "not finite", done
-        z = needed(r)
-        if not len(z):
-            return x, r, "converged", done
-        p = p.combined(-(inverse @ cp.gram(z)), z).orthonormal()
-    return x, r, "converged" if not len(p) else "not converged", done
+            s.verdict = "not finite"
+            return
+        z = self._needed(r)
+        p = p.combined(-(inverse @ cp.gram(z)), z).orthonormal() if len(z) else z
+        s.p = p.tensors
+        if not len(p):
+            s.verdict = "converged"
+
+    def _needed(self, r: Columns) -> Columns:
+        open_ = (r.gram_diagonal().sqrt() > self.tolerance).nonzero()[:, 0]
+        rest = r.chosen(open_)
+        return rest if self.precondition is None or not len(rest) else rest.mapped(self.precondition)

@@ -6,19 +6,41 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 from nlpinf import parameters as P
 from nlpinf.curvature.operators import Operator
 from nlpinf.parameters import Parameters
-from nlpinf.solvers.base import Preconditioner, Solution, Verdict, checked, finished
+from nlpinf.solvers.base import (
+    Checkpoint,
+    Iterative,
+    Progress,
+    Solution,
+    State,
+    begun,
+    finished,
+    in_part,
+    iterated,
+)
 from nlpinf.solvers.block import block_cg
 
 _BLOCK_ENTRIES = 1 << 27  # half a gigabyte in single precision, for each of the dozen sets of columns of block CG
 
 
+@dataclass(kw_only=True)
+class _State(State):
+    """`rz` ⟨r, M⁻¹r⟩; `began` the residual where the recursion began, `reached` the true one of the last check; p None to begin."""
+
+    x: Parameters
+    r: Parameters
+    p: Parameters | None = None
+    rz: float = 0.0
+    began: float = 1.0
+    reached: float = 1.0
+
+
 @dataclass(frozen=True)
-class CG:
+class CG(Iterative):
     """Conjugate gradient for a symmetric positive definite operator.
 
     `tolerance`       relative residual ‖b − C x‖/‖b‖ to reach, checked with a true residual, not the recursive one
@@ -34,124 +56,99 @@ class CG:
     A preconditioner that has `learn` is handed the last `memory` directions and their products after each solve.
     """
 
-    tolerance: float = 1e-3
-    max_iterations: int = 1000
-    preconditioner: Preconditioner | None = None
     divergence: float = 1e6
     block: int = 16
+    name: ClassVar[str] = "cg"
 
-    def __post_init__(self) -> None:
-        checked(self.tolerance, self.max_iterations)
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            "name": "cg",
-            "tolerance": self.tolerance,
-            "max_iterations": self.max_iterations,
-            "preconditioned": self.preconditioner is not None,
-        }
-
-    def __call__(
+    def solve(
         self,
         operator: Operator,
         right: Parameters,
-        second: Operator | None = None,
-        progress: Callable[[int, float], None] | None = None,
+        scale: float,
+        second: Operator | None,
+        progress: Progress | None,
+        start: Parameters | None,
+        checkpoint: Checkpoint | None,
     ) -> Solution:
-        before, scale = operator.products, P.norm(right)
-        x = P.zeros_like(right)
-        history: list[float] = []
-        verdict: Verdict = "not converged"
+        learn = getattr(self.preconditioner, "learn", None)
+        pairs: deque[tuple[Parameters, Parameters]] = deque(maxlen=getattr(self.preconditioner, "memory", 0))
 
-        def ended(verdict: Verdict) -> Solution:
-            return finished("cg", operator, second, right, x, verdict, self.tolerance, history, before)
+        def begin() -> _State:
+            x, r = begun(operator, right, start)
+            reached = P.norm(r) / scale
+            return _State(x=x, r=r, reached=reached, verdict="converged" if reached <= self.tolerance else None)
 
-        if not math.isfinite(scale):
-            return ended("not finite")
-        if scale == 0.0:
-            return ended("converged")
+        def learned() -> None:
+            if learn is not None and pairs:
+                learn(pairs)
+                pairs.clear()
 
-        r, iterations, reached = right, 0, 1.0
-        while iterations < self.max_iterations:
-            x, verdict, spent = self._run(operator, x, r, scale, self.max_iterations - iterations, history, progress)
-            iterations += spent
-            if verdict != "converged":
-                break
-            r = P.axpy(-1.0, operator @ x, right)
-            true = P.norm(r) / scale
-            if true <= self.tolerance or true > 0.5 * reached:  # there, or rounding allows no better
-                break
-            reached = true
-        return ended(verdict)
+        def advance(s: _State) -> None:
+            known = len(s.history)
+            self._step(operator, s, scale, pairs)
+            if progress is not None and len(s.history) > known:
+                progress(len(s.history), s.history[-1])
+            if s.verdict == "converged":
+                learned()
+                s.r = P.axpy(-1.0, operator @ s.x, right)
+                true = P.norm(s.r) / scale
+                if self.tolerance < true <= 0.5 * s.reached:  # else it is there, or rounding allows no better
+                    s.p, s.reached, s.verdict = None, true, None
+
+        kept = checkpoint if learn is None else None  # what a preconditioner has learned is in no state
+        s, before = iterated(_State, begin, advance, self.max_iterations, operator, kept)
+        learned()
+        verdict = s.verdict or "not converged"
+        return finished(self.name, operator, second, right, s.x, verdict, self.tolerance, s.history, before)
 
     def many(
         self,
         operator: Operator,
         rights: Sequence[Parameters],
         second: Operator | None = None,
-        progress: Callable[[int, float], None] | None = None,
+        progress: Progress | None = None,
+        starts: Sequence[Parameters] | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> list[Solution]:
         """Return the solution for every right-hand side, by block CG where there are several."""
         block = min(self.block, _BLOCK_ENTRIES // max(1, P.size(rights[0]))) if rights else 0
         if len(rights) < 2 or block < 2:
-            return [self(operator, right, second, progress) for right in rights]
+            return super().many(operator, rights, second, progress, starts, checkpoint)
         limits = (self.preconditioner, self.tolerance, self.max_iterations)
-        parts = [rights[i : i + block] for i in range(0, len(rights), block)]
-        return [s for part in parts for s in block_cg(operator, part, second, *limits, progress)]
 
-    def _run(
-        self,
-        operator: Operator,
-        x: Parameters,
-        r: Parameters,
-        scale: float,
-        budget: int,
-        history: list[float],
-        progress: Callable[[int, float], None] | None,
-    ) -> tuple[Parameters, Verdict, int]:
+        def together(chosen: slice) -> Callable[[Checkpoint | None], list[Solution]]:
+            begin = None if starts is None else starts[chosen]
+            return lambda part: block_cg(operator, rights[chosen], second, *limits, progress, begin, part)
+
+        firsts = range(0, len(rights), block)
+        return [s for i in firsts for s in in_part(checkpoint, f"block-{i}", together(slice(i, i + block)))]
+
+    def _step(self, operator: Operator, s: _State, scale: float, pairs: deque[tuple[Parameters, Parameters]]) -> None:
         precondition = self.preconditioner or (lambda v: v)
-        learn = getattr(self.preconditioner, "learn", None)
-        pairs: deque[tuple[Parameters, Parameters]] = deque(maxlen=getattr(self.preconditioner, "memory", 0))
-        x, verdict, spent = self._steps(operator, x, r, scale, budget, history, progress, precondition, pairs)
-        if learn is not None:
-            learn(pairs)
-        return x, verdict, spent
-
-    def _steps(
-        self,
-        operator: Operator,
-        x: Parameters,
-        r: Parameters,
-        scale: float,
-        budget: int,
-        history: list[float],
-        progress: Callable[[int, float], None] | None,
-        precondition: Preconditioner,
-        pairs: deque[tuple[Parameters, Parameters]],
-    ) -> tuple[Parameters, Verdict, int]:
-        z = precondition(r)
-        p, rz, start = z, P.dot(r, z), P.norm(r) / scale
-        for k in range(budget):
-            cp = operator @ p
-            curvature = P.dot(p, cp)
-            if not math.isfinite(curvature):
-                return x, "not finite", k + 1
-            if curvature <= 0.0 or rz <= 0.0:
-                return x, "negative curvature", k + 1
-            pairs.append((p, cp))
-            step = rz / curvature
-            x, r = P.axpy(step, p, x), P.axpy(-step, cp, r)
-            size = P.norm(r) / scale
-            history.append(size)
-            if progress is not None:
-                progress(len(history), size)
-            if not math.isfinite(size):
-                return x, "not finite", k + 1
-            if size > self.divergence * start:
-                return x, "diverged", k + 1
-            if size <= self.tolerance:
-                return x, "converged", k + 1
-            z = precondition(r)
-            rz, old = P.dot(r, z), rz
-            p = P.axpy(rz / old, p, z)
-        return x, "not converged", budget
+        if s.p is None:
+            s.p = precondition(s.r)
+            s.rz, s.began = P.dot(s.r, s.p), P.norm(s.r) / scale
+        s.iterations += 1
+        p, cp = s.p, operator @ s.p
+        curvature = P.dot(p, cp)
+        if not math.isfinite(curvature):
+            s.verdict = "not finite"
+            return
+        if curvature <= 0.0 or s.rz <= 0.0:
+            s.verdict = "negative curvature"
+            return
+        pairs.append((p, cp))
+        step = s.rz / curvature
+        s.x, s.r = P.axpy(step, p, s.x), P.axpy(-step, cp, s.r)
+        size = P.norm(s.r) / scale
+        s.history.append(size)
+        if not math.isfinite(size):
+            s.verdict = "not finite"
+        elif size > self.divergence * s.began:
+            s.verdict = "diverged"
+        elif size <= self.tolerance:
+            s.verdict = "converged"
+        else:
+            z = precondition(s.r)
+            s.rz, old = P.dot(s.r, z), s.rz
+            s.p = P.axpy(s.rz / old, p, z)

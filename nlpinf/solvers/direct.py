@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ from nlpinf import parameters as P
 from nlpinf.curvature.operators import Operator
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
-from nlpinf.solvers.base import EachAlone, Preconditioner, Solution, checked, finished
+from nlpinf.solvers.base import Checkpoint, EachAlone, Preconditioner, Progress, Solution, checked, finished
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,9 @@ class Direct(EachAlone):
         operator: Operator,
         right: Parameters,
         second: Operator | None = None,
-        progress: Callable[[int, float], None] | None = None,
+        progress: Progress | None = None,
+        start: Parameters | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> Solution:
         if self.preconditioner is None:
             raise BadInput("the direct solver is the preconditioner's inverse; give it one, such as 'ekfac'")

@@ -10,16 +10,26 @@ of the iterates since the last check, or the last iterate, whichever has the sma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from nlpinf import parameters as P
 from nlpinf.curvature.operators import Operator
 from nlpinf.parameters import Parameters
-from nlpinf.solvers.base import EachAlone, Preconditioner, Solution, Verdict, checked, finished
+from nlpinf.solvers.base import (
+    Checkpoint,
+    Iterative,
+    Preconditioner,
+    Progress,
+    Solution,
+    State,
+    Verdict,
+    begun,
+    finished,
+    iterated,
+)
 
 
 def largest_eigenvalue(
@@ -40,8 +50,21 @@ def largest_eigenvalue(
 _FAILURES = 12  # checks in a row without progress
 
 
+@dataclass(kw_only=True)
+class _State(State):
+    """`x` goes on, `best` has the residual `reached`; `failed` counts checks without progress since then."""
+
+    x: Parameters
+    best: Parameters
+    step: float
+    reached: float
+    noise: float = 0.0
+    halved: int = 0
+    failed: int = 0
+
+
 @dataclass(frozen=True)
-class LiSSA(EachAlone):
+class LiSSA(Iterative):
     """Stochastic Neumann iteration: useful progress in the first few passes over the curvature sample, slow beyond.
 
     `max_iterations`  passes over the sample at most, checks and power iteration included
@@ -54,69 +77,72 @@ class LiSSA(EachAlone):
     the verdict is "diverged".
     """
 
-    tolerance: float = 1e-3
-    max_iterations: int = 1000
-    preconditioner: Preconditioner | None = None
     check: int = 4
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        checked(self.tolerance, self.max_iterations)
+    name: ClassVar[str] = "lissa"
 
     def settings(self) -> dict[str, Any]:
-        return {
-            "name": "lissa",
-            "tolerance": self.tolerance,
-            "max_iterations": self.max_iterations,
-            "preconditioned": self.preconditioner is not None,
-            "seed": self.seed,
-        }
+        return {**super().settings(), "seed": self.seed}
 
-    def __call__(
+    def solve(
         self,
         operator: Operator,
         right: Parameters,
-        second: Operator | None = None,
-        progress: Callable[[int, float], None] | None = None,
+        scale: float,
+        second: Operator | None,
+        progress: Progress | None,
+        start: Parameters | None,
+        checkpoint: Checkpoint | None,
     ) -> Solution:
-        before, scale = operator.products, P.norm(right)
-        best, noise = P.zeros_like(right), 0.0
-        history: list[float] = []
-        if not math.isfinite(scale) or scale == 0:
-            end: Verdict = "converged" if scale == 0 else "not finite"
-            return finished("lissa", operator, second, right, best, end, self.tolerance, history, before)
-        top = largest_eigenvalue(operator, self.preconditioner, seed=self.seed)
-        step = 0.5 / top if top > 0 and math.isfinite(top) else 1.0
-        parts, generator = operator.parts(), torch.Generator().manual_seed(self.seed)
-        x, reached, halved, failed = best, 1.0, 0, 0
-        verdict: Verdict = "not converged"
-        while operator.products - before < self.max_iterations and verdict == "not converged":
-            passes = max(1, min(self.check, self.max_iterations - (operator.products - before) - 1))
-            x, means = self._passes(parts, x, right, step, passes, generator)
-            operator.products += passes if len(parts) > 1 else 0
-            mean = P.scaled(0.5, P.axpy(1.0, *means))
-            candidates = []
-            for candidate in (x, mean) if len(parts) > 1 else (x,):
-                candidates.append((P.norm(P.axpy(-1.0, operator @ candidate, right)) / scale, candidate))
-            size, candidate = min(candidates, key=lambda c: c[0] if math.isfinite(c[0]) else math.inf)
-            history.append(size)
+        parts, products = operator.parts(), operator.products
+
+        def begin() -> _State:
+            x, r = begun(operator, right, start)
+            reached = P.norm(r) / scale
+            verdict: Verdict | None = "converged" if reached <= self.tolerance else None
+            top = largest_eigenvalue(operator, self.preconditioner, seed=self.seed)
+            step = 0.5 / top if top > 0 and math.isfinite(top) else 1.0
+            spent = operator.products - products
+            return _State(x=x, best=x, step=step, reached=reached, iterations=spent, verdict=verdict)
+
+        def advance(s: _State) -> None:
+            spent = operator.products - s.iterations
+            self._round(operator, parts, right, scale, s)
+            s.iterations = operator.products - spent
             if progress is not None:
-                progress(operator.products - before, size)
-            if size < reached:
-                best, reached, failed = candidate, size, 0
-                noise = 0.5 * P.norm(P.axpy(-1.0, *means)) / (P.norm(mean) or 1.0)
-            else:  # divergence, or noise, of which smaller steps average more out
-                failed += 1
-                far = not size <= 2 * reached
-                step, halved, x = (0.5 * step, halved + 1, best) if far else (0.7 * step, halved, candidate)
-            if reached <= self.tolerance:
-                verdict = "converged"
-            elif failed == _FAILURES:
-                break
-        if verdict == "not converged" and reached == 1.0 and failed:
+                progress(s.iterations, s.history[-1])
+
+        s, before = iterated(_State, begin, advance, self.max_iterations, operator, checkpoint)
+        verdict = s.verdict or "not converged"
+        if verdict == "not converged" and len(s.history) == s.failed and s.failed:
             verdict = "diverged"
-        note = f"noise {noise:.1e}" + (f", step halved {halved} times" if halved else "")
-        return finished("lissa", operator, second, right, best, verdict, self.tolerance, history, before, note)
+        note = f"noise {s.noise:.1e}" + (f", step halved {s.halved} times" if s.halved else "")
+        return finished(self.name, operator, second, right, s.best, verdict, self.tolerance, s.history, before, note)
+
+    def _round(self, operator: Operator, parts: list[Operator], right: Parameters, scale: float, s: _State) -> None:
+        passes = max(1, min(self.check, self.max_iterations - s.iterations - 1))
+        # The order of each round is a function of its number, so that no generator's state must be kept.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + len(s.history))
+        s.x, means = self._passes(parts, s.x, right, s.step, passes, generator)
+        operator.products += passes if len(parts) > 1 else 0
+        mean = P.scaled(0.5, P.axpy(1.0, *means))
+        candidates = []
+        for candidate in (s.x, mean) if len(parts) > 1 else (s.x,):
+            candidates.append((P.norm(P.axpy(-1.0, operator @ candidate, right)) / scale, candidate))
+        size, candidate = min(candidates, key=lambda c: c[0] if math.isfinite(c[0]) else math.inf)
+        s.history.append(size)
+        if size < s.reached:
+            s.best, s.reached, s.failed = candidate, size, 0
+            s.noise = 0.5 * P.norm(P.axpy(-1.0, *means)) / (P.norm(mean) or 1.0)
+        else:  # divergence, or noise, of which smaller steps average more out
+            s.failed += 1
+            far = not size <= 2 * s.reached
+            s.step, s.x = (0.5 * s.step, s.best) if far else (0.7 * s.step, candidate)
+            s.halved += far
+        if s.reached <= self.tolerance:
+            s.verdict = "converged"
+        elif s.failed == _FAILURES:
+            s.verdict = "not converged"
 
     def _passes(
         self,

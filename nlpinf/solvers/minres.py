@@ -3,111 +3,117 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 from nlpinf import parameters as P
 from nlpinf.curvature.operators import Operator
 from nlpinf.parameters import Parameters
-from nlpinf.solvers.base import EachAlone, Preconditioner, Solution, Verdict, checked, finished
+from nlpinf.solvers.base import Checkpoint, Iterative, Progress, Solution, State, begun, finished, iterated
+
+
+@dataclass(kw_only=True)
+class _State(State):
+    """`r` the recurrence's residual, `reached` the true one of the last check; the rest as in Paige and Saunders; v None to begin."""
+
+    x: Parameters
+    r: Parameters
+    reached: float
+    v: Parameters | None = None
+    v_old: Parameters | None = None
+    z: Parameters | None = None
+    w: Parameters | None = None
+    w_old: Parameters | None = None
+    beta: float = 0.0
+    beta_old: float = 1.0
+    eta: float = 0.0
+    began: float = 0.0
+    c: float = 1.0
+    c_old: float = 1.0
+    s: float = 0.0
+    s_old: float = 0.0
 
 
 @dataclass(frozen=True)
-class MINRES(EachAlone):
+class MINRES(Iterative):
     """For the Hessian without damping, where CG may end with "negative curvature"; a singular system is solved in the range.
 
     `preconditioner` must be positive definite also where the operator is not. What is minimised is ‖b − C x‖ in the norm
     of M⁻¹; the verdict goes by the plain norm.
     """
 
-    tolerance: float = 1e-3
-    max_iterations: int = 1000
-    preconditioner: Preconditioner | None = None
+    name: ClassVar[str] = "minres"
 
-    def __post_init__(self) -> None:
-        checked(self.tolerance, self.max_iterations)
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            "name": "minres",
-            "tolerance": self.tolerance,
-            "max_iterations": self.max_iterations,
-            "preconditioned": self.preconditioner is not None,
-        }
-
-    def __call__(
+    def solve(
         self,
         operator: Operator,
         right: Parameters,
-        second: Operator | None = None,
-        progress: Callable[[int, float], None] | None = None,
-    ) -> Solution:
-        before, scale = operator.products, P.norm(right)
-        x = P.zeros_like(right)
-        history: list[float] = []
-        verdict: Verdict = "converged" if scale == 0 else "not converged" if math.isfinite(scale) else "not finite"
-        reached, r, used = 1.0, right, 0
-        while verdict == "not converged" and used < self.max_iterations:
-            # The recurrence's residual is in another norm and drifts: start again from the true one while that helps.
-            step, spent = self._run(operator, r, scale, self.max_iterations - used, history, progress)
-            used += spent
-            x = P.axpy(1.0, step, x)
-            r = P.axpy(-1.0, operator @ x, right)
-            true = P.norm(r) / scale
-            if not true <= 0.5 * reached:
-                break
-            if true <= self.tolerance:
-                verdict = "converged"
-            reached = true
-        return finished("minres", operator, second, right, x, verdict, self.tolerance, history, before)
-
-    def _run(
-        self,
-        operator: Operator,
-        b: Parameters,
         scale: float,
-        budget: int,
-        history: list[float],
-        progress: Callable[[int, float], None] | None,
-    ) -> tuple[Parameters, int]:
+        second: Operator | None,
+        progress: Progress | None,
+        start: Parameters | None,
+        checkpoint: Checkpoint | None,
+    ) -> Solution:
+        def begin() -> _State:
+            x, r = begun(operator, right, start)
+            reached = P.norm(r) / scale
+            return _State(x=x, r=r, reached=reached, verdict="converged" if reached <= self.tolerance else None)
+
+        def advance(s: _State) -> None:
+            known = len(s.history)
+            goes_on = self._step(operator, s, scale)
+            if progress is not None and len(s.history) > known:
+                progress(len(s.history), s.history[-1])
+            if goes_on:
+                return
+            # The recurrence's residual is in another norm and drifts: start again from the true one while that helps.
+            s.v, s.r = None, P.axpy(-1.0, operator @ s.x, right)
+            true = P.norm(s.r) / scale
+            if not true <= 0.5 * s.reached or true <= self.tolerance:
+                s.verdict = "converged" if true <= self.tolerance else "not converged"
+            s.reached = true
+
+        s, before = iterated(_State, begin, advance, self.max_iterations, operator, checkpoint)
+        verdict = s.verdict or "not converged"
+        return finished(self.name, operator, second, right, s.x, verdict, self.tolerance, s.history, before)
+
+    def _step(self, operator: Operator, s: _State, scale: float) -> bool:
+        """Take one step, and say whether another may follow."""
         precondition = self.preconditioner or (lambda v: v)
-        x, w_old, w = (P.zeros_like(b) for _ in range(3))
-        v_old, v = P.zeros_like(b), b
-        z = precondition(v)
-        beta, beta_old = math.sqrt(max(P.dot(v, z), 0.0)), 1.0
-        eta, start, r = beta, beta, b
-        c_old, c, s_old, s = 1.0, 1.0, 0.0, 0.0
-        for k in range(budget):
-            if not beta > 0 or not math.isfinite(beta):
-                return x, k
-            cz = operator @ P.scaled(1 / beta, z)
-            alpha = P.dot(z, cz) / beta
-            new = P.axpy(-alpha / beta, v, cz)
-            if k:
-                new = P.axpy(-beta / beta_old, v_old, new)
-            z_new = precondition(new)
-            beta_new = math.sqrt(max(P.dot(new, z_new), 0.0))
-            delta = c * alpha - c_old * s * beta
-            rho1 = math.hypot(delta, beta_new)
-            rho2, rho3 = s * alpha + c_old * c * beta, s_old * beta
-            if not rho1 > 1e-14 * abs(alpha) or not math.isfinite(rho1):
-                return x, k + 1
-            c_old, c, s_old, s = c, delta / rho1, s, beta_new / rho1
-            w_old, w = (
-                w,
-                P.scaled(1 / rho1, P.axpy(-rho2, w, P.axpy(-rho3, w_old, P.scaled(1 / beta, z)))),
-            )
-            x = P.axpy(c * eta, w, x)
-            # r_k = s² r_{k-1} − c η_k v_{k+1}/β_{k+1}: the plain residual without a product.
-            eta_new = -s * eta
-            r = P.axpy(c * eta_new / beta_new, new, P.scaled(s * s, r)) if beta_new > 0 else P.scaled(0.0, r)
-            eta = eta_new
-            size = P.norm(r) / scale
-            history.append(size)
-            if progress is not None:
-                progress(len(history), size)
-            if not math.isfinite(size) or size <= self.tolerance or abs(eta) <= 1e-15 * start:
-                return x, k + 1
-            v_old, v, z, beta_old, beta = v, new, z_new, beta, beta_new
-        return x, budget
+        if s.v is None:
+            s.v, s.z, s.v_old = s.r, precondition(s.r), None
+            s.w = s.w_old = P.zeros_like(s.r)
+            s.beta, s.beta_old = math.sqrt(max(P.dot(s.v, s.z), 0.0)), 1.0
+            s.eta = s.began = s.beta
+            s.c, s.c_old, s.s, s.s_old = 1.0, 1.0, 0.0, 0.0
+        assert s.z is not None and s.w is not None and s.w_old is not None
+        if not s.beta > 0 or not math.isfinite(s.beta):
+            return False
+        s.iterations += 1
+        beta, c_old, c, s_old, sine = s.beta, s.c_old, s.c, s.s_old, s.s
+        cz = operator @ P.scaled(1 / beta, s.z)
+        alpha = P.dot(s.z, cz) / beta
+        new = P.axpy(-alpha / beta, s.v, cz)
+        if s.v_old is not None:
+            new = P.axpy(-beta / s.beta_old, s.v_old, new)
+        z_new = precondition(new)
+        beta_new = math.sqrt(max(P.dot(new, z_new), 0.0))
+        delta = c * alpha - c_old * sine * beta
+        rho1 = math.hypot(delta, beta_new)
+        rho2, rho3 = sine * alpha + c_old * c * beta, s_old * beta
+        if not rho1 > 1e-14 * abs(alpha) or not math.isfinite(rho1):
+            return False
+        s.c_old, s.c, s.s_old, s.s = c, delta / rho1, sine, beta_new / rho1
+        reduced = P.axpy(-rho2, s.w, P.axpy(-rho3, s.w_old, P.scaled(1 / beta, s.z)))
+        s.w_old, s.w = s.w, P.scaled(1 / rho1, reduced)
+        s.x = P.axpy(s.c * s.eta, s.w, s.x)
+        # r_k = s² r_{k-1} − c η_k v_{k+1}/β_{k+1}: the plain residual without a product.
+        eta = -s.s * s.eta
+        s.r = P.axpy(s.c * eta / beta_new, new, P.scaled(s.s * s.s, s.r)) if beta_new > 0 else P.scaled(0.0, s.r)
+        s.eta = eta
+        size = P.norm(s.r) / scale
+        s.history.append(size)
+        if not math.isfinite(size) or size <= self.tolerance or abs(eta) <= 1e-15 * s.began:
+            return False
+        s.v_old, s.v, s.z, s.beta_old, s.beta = s.v, new, z_new, beta, beta_new
+        return True

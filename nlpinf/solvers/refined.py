@@ -14,7 +14,17 @@ from nlpinf.curvature.operators import Operator, Shifted
 from nlpinf.curvature.products import Curvature, noise_floor
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
-from nlpinf.solvers.base import EachAlone, Preconditioner, Solution, Verdict, finished
+from nlpinf.solvers.base import (
+    Checkpoint,
+    EachAlone,
+    Preconditioner,
+    Progress,
+    Solution,
+    Verdict,
+    begun,
+    finished,
+    in_part,
+)
 from nlpinf.solvers.cg import CG
 from nlpinf.stages import Precision
 
@@ -59,13 +69,15 @@ class Refined(EachAlone):
         operator: Operator,
         right: Parameters,
         second: Operator | None = None,
-        progress: Callable[[int, float], None] | None = None,
+        progress: Progress | None = None,
+        start: Parameters | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> Solution:
         scale = P.norm(right)
         if not (isinstance(operator, Shifted) and isinstance(operator.base, Curvature)):
             raise BadInput("low precision is for the curvature of a stage; use the solver itself for other operators")
         if not math.isfinite(scale) or scale == 0.0:
-            return self._plain(operator, right, second, progress, "")
+            return self._inner()(operator, right, second, progress, start, checkpoint)
         own = noise_floor(operator, right)
         if self.tolerance < own:
             raise BadInput(
@@ -76,16 +88,21 @@ class Refined(EachAlone):
         exact = operator @ right
         floor = P.norm(P.axpy(-1.0, low @ right, exact)) / P.norm(exact)
         if not floor < 0.5:
-            return self._plain(
-                operator, right, second, progress, f"{self.precision} has noise of {floor:.1e}: not used"
-            )
+            solution = self._inner()(operator, right, second, progress, start, checkpoint)
+            note = f"{self.precision} has noise of {floor:.1e}: not used"
+            return replace(solution, note="; ".join(filter(None, (solution.note, note))))
 
-        x, r, reached, history = P.zeros_like(right), right, 1.0, list[float]()
+        x, r = begun(operator, right, start)
+        reached, history, spent = P.norm(r) / scale, list[float](), low.products
         verdict: Verdict = "not converged"
-        for _ in range(_ROUNDS):
+        for number in range(_ROUNDS):
+            if reached <= self.tolerance:
+                break
             aim = min(0.5, max(self.tolerance / reached * 0.5, 2 * floor, _DEEPEST))
             left = max(1, self.solver.max_iterations - len(history))
-            part = self._inner(tolerance=aim, max_iterations=left)(low, r, None, progress)
+            inner = self._inner(tolerance=aim, max_iterations=left)
+            (part,) = in_part(checkpoint, f"round-{number}", _round(inner, low, r, progress))
+            spent += part.products
             history += [reached * h for h in part.history]
             if part.verdict not in ("converged", "not converged"):
                 verdict = part.verdict
@@ -96,21 +113,16 @@ class Refined(EachAlone):
             if not size < 0.9 * reached or size <= self.tolerance or len(history) >= self.solver.max_iterations:
                 break
             reached = size
-        note = f"{low.products} products in {self.precision} (noise {floor:.1e}), {operator.products - before} in {_name(operator)}"
+        note = f"{spent} products in {self.precision} (noise {floor:.1e}), {operator.products - before} in {_name(operator)}"
         name = f"refined {self.solver.settings()['name']}"
         solution = finished(name, operator, second, right, x, verdict, self.tolerance, history, before, note)
-        return replace(solution, products=solution.products + low.products)
+        return replace(solution, products=solution.products + spent)
 
-    def _plain(
-        self,
-        operator: Operator,
-        right: Parameters,
-        second: Operator | None,
-        progress: Callable[[int, float], None] | None,
-        note: str,
-    ) -> Solution:
-        solution: Solution = self._inner()(operator, right, second, progress)
-        return replace(solution, note="; ".join(filter(None, (solution.note, note))))
+
+def _round(
+    inner: Any, low: Operator, r: Parameters, progress: Progress | None
+) -> Callable[[Checkpoint | None], list[Solution]]:
+    return lambda part: [inner(low, r, None, progress, None, part)]
 
 
 def _name(operator: Operator) -> str:

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nlpinf import files
 from nlpinf.data.corpus import Corpus
 from nlpinf.errors import BadInput
-from nlpinf.scoring import files as scoring_files
 from nlpinf.scoring.feed import Part, feed_of
 from nlpinf.scoring.rows import Tick
 from nlpinf.scoring.shards import Claims, Shard, Worker
@@ -71,7 +71,7 @@ def status_of(pid: int) -> int:
 @pytest.fixture(autouse=True)
 def without_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     """A killed process needs no sync, only a machine without power does; here it would only cost time."""
-    monkeypatch.setattr(scoring_files.os, "fsync", lambda handle: None)
+    monkeypatch.setattr(files.os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="module")

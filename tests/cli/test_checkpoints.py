@@ -1,0 +1,78 @@
+"""`nlpinf query` killed in the middle of a solve, and given again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.common import files, nlpinf, refused
+from tests.runs import make_runs
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small runs, held near; tests only read them."""
+    return make_runs(tmp_path_factory.mktemp("runs"), {"proximity": 0.05}).folder
+
+
+def command(runs: Path, out: Path, **changes: Any) -> list[str]:
+    options: dict[str, Any] = {
+        "pretrain": runs / "pretrain", "finetune": runs / "finetune", "test": runs / "rows.jsonl", "row": 1, "out": out,
+        "damping": 1e-3, "sample": 5, "tolerance": 1e-5, "checkpoint-every": 0, **changes,
+    }  # fmt: skip
+    return ["query", *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
+
+
+def test_a_query_that_was_killed_goes_on_to_the_same_bytes(runs: Path, tmp_path: Path) -> None:
+    undisturbed = nlpinf(*command(runs, tmp_path / "whole"))
+    assert undisturbed.status == 0, undisturbed
+    assert "goes on" not in undisturbed.err
+    out = tmp_path / "query"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nlpinf", *command(runs, out)],
+        cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if list(out.glob("solves/pretrain/*.state.safetensors")):  # the finetuning's solve is done by then
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "manifest.json").exists()
+
+    before = files(out)
+    refused(nlpinf(*command(runs, out, damping=2e-3)), "solves/finetune", "another damping (0.001 there, 0.002 now)")
+    refused(nlpinf(*command(runs, out, sample=6)), "another sample (5 there, 6 now)")
+    assert files(out) == before
+
+    again = nlpinf(*command(runs, out))
+    assert again.status == 0, again
+    assert "finetune: done before" in again.err and "pretrain: goes on after " in again.err
+    found, expected = files(out), files(tmp_path / "whole")
+    assert set(found) == set(expected) and not (out / "solves").exists()
+    for name in expected:
+        if name.endswith(".safetensors"):
+            assert found[name] == expected[name]
+
+
+def test_a_query_that_ran_out_of_products_goes_on_with_more(runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "query"
+    ended = nlpinf(*command(runs, out, **{"max-iterations": 5}))
+    assert ended.status != 0 and "not converged" in ended.err
+    more = nlpinf(*command(runs, out))
+    assert more.status == 0 and "finetune: goes on after " in more.err
+    anew = tmp_path / "anew"
+    assert nlpinf(*command(runs, anew, **{"max-iterations": 5})).status != 0
+    afresh = nlpinf(*command(runs, anew, damping=2e-3), "--restart")
+    assert afresh.status == 0 and "goes on" not in afresh.err
