@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from functools import wraps
 from typing import Any
 
@@ -21,6 +22,13 @@ err = Console(stderr=True)
 out = Console(soft_wrap=False)
 
 Report = Callable[[str, int, int, str], None]
+
+
+class PrecisionName(str, Enum):
+    """Precisions of the products."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 @contextmanager
@@ -112,6 +120,8 @@ def rows_table(rows: list[ScoredRow], title: str) -> Table:
     """Return a table of scored rows: score, predicted change of the query if removed, row, text."""
     table = Table(title=title, title_justify="left", title_style="bold", show_lines=False, box=None, padding=(0, 1))
     table.add_column("score", justify="right")
+    if barred := any(row.standard_error is not None for row in rows):
+        table.add_column("±", justify="right")
     table.add_column("change if removed", justify="right")
     table.add_column("row", justify="right")
     if counted := any(row.count is not None for row in rows):
@@ -119,7 +129,9 @@ def rows_table(rows: list[ScoredRow], title: str) -> Table:
     table.add_column("sentence", ratio=1, overflow="fold")
     for row in rows:
         times = [str(row.count)] if counted else []
-        table.add_row(f"{row.score:+.4g}", f"{row.predicted_change:+.2e}", str(row.row), *times, shown(row.text))
+        error = [f"{row.standard_error or 0:.2g}"] if barred else []
+        change = f"{row.predicted_change:+.2e}"
+        table.add_row(f"{row.score:+.4g}", *error, change, str(row.row), *times, shown(row.text))
     return table
 
 

@@ -51,13 +51,6 @@ class PreconditionerName(str, Enum):
     spectral = "spectral"
 
 
-class PrecisionName(str, Enum):
-    """Precisions of the products."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 _SOLVERS = {SolverName.cg: CG, SolverName.minres: MINRES, SolverName.lissa: LiSSA}
 
 
@@ -86,7 +79,7 @@ def query(
     ),
     solver: SolverName = typer.Option(SolverName.cg, help="Solver; direct: EK-FAC's inverse, with its residual."),
     preconditioner: PreconditionerName = typer.Option(PreconditionerName.none, help="Preconditioner of cg and lissa."),
-    precision: PrecisionName | None = typer.Option(
+    precision: console.PrecisionName | None = typer.Option(
         None, help="Make the products in low precision, refined to the same residual."
     ),
     damping: float | None = typer.Option(None, help="Damping λ, absolute."),

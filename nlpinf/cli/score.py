@@ -53,6 +53,12 @@ def score(
         None,
         help="Query vectors of low rank, whose scores err by this share of their spread at most, such as 0.05.",
     ),
+    precision: console.PrecisionName | None = typer.Option(
+        None, help="Make the network's products in low precision; losses and sums stay as they are."
+    ),
+    compiled: bool = typer.Option(
+        False, "--compile", help="Compile the scoring: half a minute to begin with, then faster. Needs a C++ compiler."
+    ),
     token_scores: bool = typer.Option(False, help="Keep the score of every counted token."),
     text: bool = typer.Option(True, help="Keep the texts beside the scores."),
     mode: str = typer.Option("auto", help="'forward', 'reverse' or 'auto'."),
@@ -74,6 +80,8 @@ def score(
     exact = None if screen is None else Amount.parse(screen).share
     if screen is not None and (exact is None or share is not None or token_scores or compress is not None):
         raise BadInput("--screen takes a share such as 10%, and none of --shard, --token-scores, --compress")
+    if screen is not None and (compiled or precision is not None):
+        raise BadInput("--compile and --precision do not go with --screen")
     source = None if corpus is None else find(corpus, text_column, split, streaming)
     vectors = querystore.load(query, run=pretrain, trust_remote_code=trust_remote_code)
     feed = None if source is None else StreamFeed.of(source, empty)  # type: ignore[arg-type]
@@ -102,6 +110,8 @@ def score(
                 mode=mode,  # type: ignore[arg-type]
                 dedupe=dedupe,
                 compress=compress,
+                precision=None if precision is None else precision.value,
+                compiled=compiled,
                 shard=share,
                 part_rows=part_rows,
                 progress=progress,
@@ -112,6 +122,8 @@ def score(
         return
     lacking = f"; {len(scores.missing):,} parts are missing still" if scores.missing else ""
     console.say(f"{len(scores):,} sentences, {len(scores.queries)} queries: {out}{lacking}")
+    if isinstance(why := scores.manifest["scoring"].get("compiled"), str):
+        console.say(why)
     if made := scores.manifest["scoring"].get("compression"):
         measured = made["measured"]
         console.say(

@@ -27,7 +27,7 @@ from nlpinf.scoring.rows import Mode, RowScorer, Tick
 from nlpinf.scoring.shards import Make, Progress, Shard, Worker
 from nlpinf.scoring.store import Scores, Store, write_repeats
 from nlpinf.scoring.tables import finite, table
-from nlpinf.stages import Stage
+from nlpinf.stages import Precision, Stage
 from nlpinf.tasks import MaskedLM
 
 PART_ROWS = 8192  # a minute or two of work on a laptop: what a killed run loses at most
@@ -44,6 +44,8 @@ def score(
     empty: EmptyPolicy = "error",
     dedupe: bool = False,
     compress: float | None = None,
+    precision: Precision | None = None,
+    compiled: bool = False,
     shard: Shard | None = None,
     part_rows: int = PART_ROWS,
     batch_size: int | None = None,
@@ -67,6 +69,10 @@ def score(
     `compress`      make do with query vectors of low rank, whose scores err by at most this many of the scores' standard
                     deviations in the root mean square, measured on rows of the corpus, and rank them as the exact ones
                     do to a correlation of at least 0.99; 0.05 is a good value. The manifest has what was measured
+    `precision`     "bfloat16" or "float16": the network's products in that precision, losses and sums as ever; where the
+                    processor has units for it, scores of the same ranking in less than half of the time
+    `compiled`      run reverse mode through `torch.compile`: half a minute to begin with, then about three quarters of the
+                    time. What cannot be compiled is scored without, and the manifest says why
     `shard`         do no more than this share of the parts: `Shard(3, 64)`; the result then has the parts that are there
     `part_rows`     rows in a part: what is done again after an interruption, at most
     `batch_size`    sequences, `batch_tokens` padded tokens in a batch at most; default: the stage's, twice that for
@@ -84,13 +90,13 @@ def score(
     if dedupe:
         feed = deduped(feed)
     text = text and feed.has_texts
-    identity = scores_identity(vectors, feed, part_rows, text, token_scores, compress)
+    identity = scores_identity(vectors, feed, part_rows, text, token_scores, compress, precision)
     compression = None
     if out is not None:
         Store.check(out, identity)
     if compress is not None:
         compression = compression_of(vectors, feed, compress, None if out is None else Path(out), identity)
-    scorer = RowScorer(vectors, mode, token_scores, batch_size, batch_tokens, compression)
+    scorer = RowScorer(vectors, mode, token_scores, batch_size, batch_tokens, compression, precision, compiled)
     manifest = scores_manifest(vectors, feed, scorer, identity)
 
     def make(part: Part, tick: Tick | None = None) -> pa.Table:
@@ -116,7 +122,7 @@ def _in_memory(manifest: dict[str, Any], feed: Feed, make: Make, progress: Progr
         if progress is not None:
             progress(done, feed.size)
     scores = Scores(manifest, [_selecting(table) for table in tables])
-    if (truncated := scores.truncated) is not None:
+    if (truncated := scores.count_of("truncated")) is not None:
         manifest["corpus"]["truncated"] = truncated
     return scores
 

@@ -37,10 +37,10 @@ class Head:
             seen.append(x)
             return x[..., :1]
 
-        with _replaced(self.module, instead):
+        with replaced(self.module, instead):
             run()
         (x,) = seen
-        return x
+        return x.to(self.module.weight.dtype)  # of a network in low precision; the output layer and the loss are not
 
     def tangents(
         self,
@@ -75,14 +75,15 @@ class Head:
         yield from (slice(start, min(start + size, len(x))) for start in range(0, len(x), size))
 
     def cotangents(
-        self, loss: OutputLoss, parameters: Parameters, targets: Tensor, scale: Tensor, x: Tensor, part: slice
+        self, stage: Stage, targets: Tensor, scale: Tensor, x: Tensor, part: slice
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ℓ (n,), δ = scale · ∂ℓ/∂o (n, classes) and Wᵀ δ (n, d) of the items in `part`."""
-        weight, bias = parameters[self.weight], None if self.bias is None else parameters[self.bias]
-        outputs = _affine(x.new_empty(part.stop - part.start, len(weight)), x[part], weight, bias)
-        losses = loss.losses(outputs, targets[part])
-        delta = loss.gradient(outputs, targets[part]).mul_(scale[part, None])
-        return losses, delta, delta @ weight
+        """Return ℓ (n,), δ = scale · ∂ℓ/∂o (n, classes) and Wᵀ δ (n, d) of the items in `part`; δ and Wᵀ δ in the stage's precision."""
+        weight, bias = stage.parameters[self.weight], None if self.bias is None else stage.parameters[self.bias]
+        with _low_products(stage):
+            outputs = _affine(x.new_empty(part.stop - part.start, len(weight)), x[part], weight, bias)
+        losses = _loss_to_cotangent(stage.task.loss, outputs, targets[part], scale[part])
+        delta = outputs if stage.precision is None else outputs.to(getattr(torch, stage.precision))
+        return losses, delta, delta @ weight.to(delta.dtype)
 
 
 def linear_head(stage: Stage, batch: Batch) -> Head | None:
@@ -100,7 +101,7 @@ def linear_head(stage: Stage, batch: Batch) -> Head | None:
     handle = module.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     try:
         with evaluation(stage.model), torch.no_grad():
-            outputs = stage.outputs(batch)
+            outputs = stage.at(None).outputs(batch)
     finally:
         handle.remove()
     if len(seen) != 1 or outputs is not seen[0][1] or seen[0][0].shape[:-1] != batch.example.shape:
@@ -109,7 +110,22 @@ def linear_head(stage: Stage, batch: Batch) -> Head | None:
 
 
 @contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def _low_products(stage: Stage) -> Iterator[None]:
+    """Let float32 matrix products of a stage in bfloat16 round their factors to it; sums and results stay float32."""
+    settings = getattr(torch.backends.mkldnn, "matmul", None)  # from PyTorch 2.9 on
+    if stage.precision != "bfloat16" or settings is None:
+        yield
+        return
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let the module compute `forward` within."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
@@ -133,3 +149,18 @@ def _loss_and_tangent(loss: OutputLoss, outputs: Tensor, targets: Tensor, change
     largest = outputs.amax(-1)
     total = outputs.sub_(largest[:, None]).exp_().sum(-1)
     return largest + total.log() - own, torch.linalg.vecdot(outputs, change) / total - own_change
+
+
+def _loss_to_cotangent(loss: OutputLoss, outputs: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    """Return ℓ and leave scale · ∂ℓ/∂o in `outputs`."""
+    if not isinstance(loss, CrossEntropy):
+        losses = loss.losses(outputs, targets)
+        outputs.copy_(loss.gradient(outputs, targets)).mul_(scale[:, None])
+        return losses
+    # ℓ = m + log Σ exp(o − m) − o_t and ∂ℓ/∂o = p − e_t from one exponential, in place.
+    own = outputs.gather(-1, targets[:, None])[:, 0]
+    largest = outputs.amax(-1)
+    total = outputs.sub_(largest[:, None]).exp_().sum(-1)
+    outputs.mul_((scale / total)[:, None])
+    outputs[torch.arange(len(targets), device=targets.device), targets] -= scale
+    return largest + total.log() - own

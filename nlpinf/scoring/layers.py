@@ -84,10 +84,7 @@ def bilinear(left: Tensor, right: Tensor, vectors: Tensor | Matrices, groups: Gr
     if len(vectors) * left.shape[0] * left.shape[1] <= places + groups.examples * len(vectors):
         # The smaller of V right and Vᵀ left is made: of an output layer by the width, not by the vocabulary.
         narrow = left.shape[2] > right.shape[2]
-        columns = [
-            torch.linalg.vecdot(left @ v, right).sum(1) if narrow else torch.linalg.vecdot(left, right @ v.T).sum(1)
-            for v in vectors
-        ]
+        columns = [_dots(left @ v, right) if narrow else _dots(left, right @ v.T) for v in vectors]
         return groups.summed(torch.stack(columns, 1))
     left, right = groups.gathered(left).transpose(1, 2), groups.gathered(right)
     total = left.new_zeros(groups.examples, len(vectors))
@@ -102,6 +99,13 @@ def bilinear(left: Tensor, right: Tensor, vectors: Tensor | Matrices, groups: Gr
     return total
 
 
+def _dots(left: Tensor, right: Tensor) -> Tensor:
+    """Return Σ_t ⟨left_t, right_t⟩, (G,), summed in float32 at least."""
+    if left.dtype in (torch.float32, torch.float64):
+        return torch.linalg.vecdot(left, right).sum(1)
+    return (left * right).sum((1, 2), dtype=torch.float32)
+
+
 Vectors = dict[str, Any]  # by local name: (Q, ...) tensors, or `Matrices` where the rule takes them
 Rule = Callable[[Any, tuple[Tensor, ...], Tensor, Vectors, Groups], dict[str, Tensor]]
 
@@ -112,18 +116,20 @@ def _three(values: Tensor, trailing: int = 1) -> Tensor:
 
 
 def _bias(delta: Tensor, vectors: Tensor, groups: Groups) -> Tensor:
-    return groups.summed(delta.sum(1) @ vectors.flatten(1).T)
+    return groups.summed(delta.sum(1, dtype=vectors.dtype) @ vectors.flatten(1).T)
 
 
 def linear(
     module: Any, inputs: tuple[Tensor, ...], delta: Tensor, vectors: Vectors, groups: Groups
 ) -> dict[str, Tensor]:
     """Rule of `nn.Linear`, weight (out, in), and of transformers' `Conv1D`, weight (in, out)."""
-    a, delta = _three(inputs[0]), _three(delta)
+    a, delta = _three(inputs[0]).to(delta.dtype), _three(delta)
     found = {}
     if "weight" in vectors:
         left, right = (a, delta) if isinstance(module, Conv1D) else (delta, a)
-        found["weight"] = bilinear(left, right, vectors["weight"], groups)
+        weight = vectors["weight"]
+        weight = weight if isinstance(weight, Matrices) else weight.to(delta.dtype)
+        found["weight"] = bilinear(left, right, weight, groups)
     if "bias" in vectors:
         found["bias"] = _bias(delta, vectors["bias"], groups)
     return found

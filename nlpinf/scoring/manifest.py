@@ -12,7 +12,7 @@ from nlpinf.influence import QueryVectors
 from nlpinf.scoring.feed import Feed
 from nlpinf.scoring.rows import RowScorer
 from nlpinf.scoring.store import FORMAT
-from nlpinf.stages import Stage, fingerprint
+from nlpinf.stages import Precision, Stage, fingerprint
 
 
 def scores_identity(
@@ -22,6 +22,7 @@ def scores_identity(
     text: bool = True,
     token_scores: bool = False,
     compress: float | None = None,
+    precision: Precision | None = None,
 ) -> dict[str, Any]:
     """Return what must be the same for a scores folder to be gone on with; the arguments are those of `nlpinf.score`."""
     stage = vectors.stage
@@ -41,12 +42,16 @@ def scores_identity(
         "part_rows": part_rows,
         "parts": math.ceil(feed.size / part_rows),
     }
+    if vectors.errors:
+        identity["errors"] = [[fingerprint(error) for error in errors] for errors in vectors.errors]
     if feed.counts is not None:
         identity["dedupe"] = True
     if feed.packed and token_scores:
         identity["documents"] = True
     if compress is not None:
         identity["compress"] = compress
+    if precision is not None:
+        identity["precision"] = precision
     return identity
 
 
@@ -70,6 +75,8 @@ def scores_manifest(vectors: QueryVectors, feed: Feed, scorer: RowScorer, identi
         "batch_size": scorer.batch_size,
         "batch_tokens": scorer.batch_tokens,
     }
+    if scorer.compiled or scorer.note:
+        scoring["compiled"] = scorer.note or True
     if scorer.compression is not None:
         scoring["compression"] = scorer.compression.summary()
     return {

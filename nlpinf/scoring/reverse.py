@@ -54,9 +54,9 @@ class ReverseScorer:
         self.calls = {module: names for module, names in _owned(stage.model).items() if rule_of(module) is not None}
         known = {name for names in self.calls.values() for name in names.values()}
         self.covered = [name for name in self.stacked if name in known]
-        probes = list(_probes(stage))
-        self.head = linear_head(stage, probes[0])
-        for batch in probes:
+        self.probes = list(_probes(stage))
+        self.head = linear_head(stage, self.probes[0])
+        for batch in self.probes:
             self._probe(batch)
 
     @property
@@ -93,20 +93,23 @@ class ReverseScorer:
             )
         return BatchScores(losses, scores, None)
 
-    def shares(self, batch: Batch, vectors: Vectors) -> tuple[Tensor, Parameters]:
+    def shares(self, batch: Batch, vectors: Vectors, stage: Stage | None = None) -> tuple[Tensor, Parameters]:
         """Return g(z) (B,) and the share of the scores of every covered parameter in `vectors`, (B, Q) by name, in float64."""
         while True:
             try:
                 chosen = {n: vectors[n] for n in self.covered if n in vectors}
-                return reverse_pass(self.stage, self.calls, chosen, batch, self.head)
+                return reverse_pass(stage or self.stage, self.calls, chosen, batch, self.head)
             except _Uncovered as found:
                 self.covered = [n for n in self.covered if n not in found.names]
 
     def _probe(self, batch: Batch) -> None:
         """Take out of `covered` what disagrees with autograd on `batch`."""
-        truth, sizes, directions = _by_autograd(self.stage, list(self.stacked), batch)
-        _, shares = self.shares(batch, directions)
-        tolerance = _TOLERANCE.get(self.stage.dtype, 5e-2)
+        stage = self.stage.at(
+            None
+        )  # what the rules cover does not hang on the precision, and low precision would blur it
+        truth, sizes, directions = _by_autograd(stage, list(self.stacked), batch)
+        _, shares = self.shares(batch, directions, stage)
+        tolerance = _TOLERANCE.get(stage.dtype, 5e-2)
         largest = max(float(size.max()) for size in sizes.values())
         agreed = []
         for name in self.covered:
@@ -160,9 +163,7 @@ def through_head(
     shares = {names[local]: x.new_zeros(len(batch), queries, dtype=torch.float64) for local in (mine if len(x) else ())}
     # Many queries read their vectors once a chunk, so their chunks are larger.
     for part in head.parts(x, 4 * CHUNK if queries > 1 else CHUNK):
-        losses[part], delta, cotangent[part] = head.cotangents(
-            stage.task.loss, stage.parameters, batch.targets, weights, x, part
-        )
+        losses[part], delta, cotangent[part] = head.cotangents(stage, batch.targets, weights, x, part)
         examples, owner = torch.unique(batch.example[part], return_inverse=True)
         for local, share in linear(head.module, (x[part],), delta, mine, Groups(owner, len(examples))).items():
             shares[names[local]].index_add_(0, examples, share.double())

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from nlpinf.errors import BadInput
 from nlpinf.influence import QueryVectors
+from nlpinf.scoring.compiled import CannotCompile, CompiledScorer
 from nlpinf.scoring.compress import Compression
 from nlpinf.scoring.forward import BatchScores, ForwardScorer
 from nlpinf.scoring.reverse import ReverseScorer
-from nlpinf.stages import length_batches
+from nlpinf.stages import Precision, length_batches
 from nlpinf.tasks import Batch, MaskedLM
 
 Mode = Literal["auto", "forward", "reverse"]
@@ -30,7 +31,8 @@ class RowScores:
 
     With item scores also `items` (I, queries) in the rows' order, `targets` (I,), `positions` (I,) of the outputs that
     predict them, and their own `places` (I,) in the example, of which row i has `tokens[i]`. `truncated` (n,) bool: which
-    examples were cut to the task's greatest length, where it tells.
+    examples were cut to the task's greatest length, where it tells. `errors` (n, queries): the standard errors of the
+    scores, where the query vectors have error vectors.
     """
 
     scores: np.ndarray
@@ -41,6 +43,7 @@ class RowScores:
     positions: np.ndarray | None = None
     places: np.ndarray | None = None
     truncated: np.ndarray | None = None
+    errors: np.ndarray | None = None
 
 
 class RowScorer:
@@ -54,6 +57,8 @@ class RowScorer:
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         compression: Compression | None = None,
+        precision: Precision | None = None,
+        compiled: bool = False,
     ) -> None:
         if not len(vectors):
             raise BadInput("there is no query vector to score with; compute at least one")
@@ -65,25 +70,29 @@ class RowScorer:
             raise BadInput("compressed vectors are for reverse mode without token scores; leave one of them out")
         if any(limit is not None and limit < 1 for limit in (batch_size, batch_tokens)):
             raise BadInput(f"batches of {batch_size} examples, {batch_tokens} tokens were asked for; give at least 1")
-        self.stage, self.token_scores, self.queries = vectors.stage, token_scores, len(vectors)
-        trees = list(vectors.vectors)
+        self.stage, self.token_scores, self.queries = vectors.stage.at(precision), token_scores, len(vectors)
+        if compression is not None and vectors.errors:
+            raise BadInput(
+                "compressed vectors give no standard errors; score without compression, or make a query without error bars"
+            )
+        trees = [*vectors.vectors, *(tree for error in vectors.errors for tree in error)]
+        self.columns = len(trees)
         self._score: Callable[[Batch], BatchScores] = ForwardScorer(self.stage, trees)
         self.mode: Mode = "forward"
+        self.compiled, self.note = False, ""
         self.compression = compression
-        if compression is not None:
-            self._score, self.mode = ReverseScorer(self.stage, trees).replaced(compression.matrices), "reverse"
-        elif mode == "reverse" or (mode == "auto" and not token_scores and self.queries > FORWARD_QUERIES):
-            reverse = ReverseScorer(self.stage, trees)
-            # A parameter without a rule costs a forward-mode pass a query, and then reverse mode saves nothing.
-            if mode == "reverse" or not reverse.uncovered:
-                self._score, self.mode = reverse, "reverse"
+        wanted = mode == "reverse" or compiled or self.columns > FORWARD_QUERIES
+        if compression is not None or (wanted and mode != "forward" and not token_scores):
+            self._reverse(ReverseScorer(self.stage, trees), mode, compiled)
+        elif compiled:
+            self.note = "not compiled: token scores and mode 'forward' are not"
         self.batch_size = self._budget(batch_size, self.stage.batch_size)
         self.batch_tokens = self._budget(batch_tokens, self.stage.batch_tokens)
 
     def __call__(self, examples: Sequence[Any], rows: Sequence[int], tick: Tick | None = None) -> RowScores:
         """Score the examples with these row numbers; `tick` is told the number of rows of every batch that is done."""
         n = len(examples)
-        scores, losses, tokens = np.empty((n, self.queries)), np.empty(n), np.empty(n, np.int64)
+        scores, losses, tokens = np.empty((n, self.columns)), np.empty(n), np.empty(n, np.int64)
         items: list[tuple[np.ndarray, ...]] = []
         encoded, waiting, truncated = self.arrange(examples)
         waiting.reverse()
@@ -100,14 +109,23 @@ class RowScorer:
                 tick(len(chosen))
             if self.token_scores:
                 assert result.item_scores is not None
-                items.append((where[_numpy(batch.example)], _numpy(result.item_scores), *_shown(batch)))
+                parts = _numpy(result.item_scores[:, : self.queries])
+                items.append((where[_numpy(batch.example)], parts, *_shown(batch)))
+        scores, errors = self._split(scores)
         if not self.token_scores:
-            return RowScores(scores, losses, tokens, truncated=truncated)
+            return RowScores(scores, losses, tokens, truncated=truncated, errors=errors)
         owner, values, targets, positions = (np.concatenate(column) for column in zip(*items))
         order = np.argsort(owner, kind="stable")
         positions = positions[order]
         places = positions + self.stage.task.ahead
-        return RowScores(scores, losses, tokens, values[order], targets[order], positions, places, truncated)
+        return RowScores(scores, losses, tokens, values[order], targets[order], positions, places, truncated, errors)
+
+    def _split(self, found: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the scores (n, queries) and their standard errors: roots of the sums of squares over the error vectors."""
+        if self.columns == self.queries:
+            return found, None
+        errors = found[:, self.queries :].reshape(len(found), self.queries, -1)
+        return found[:, : self.queries], np.sqrt(np.square(errors).sum(2))
 
     def arrange(self, examples: Sequence[Any]) -> tuple[list[Any], list[list[int]], np.ndarray | None]:
         """Return the encoded examples, which of them share a batch, the longest first, and which were cut, if told."""
@@ -121,12 +139,29 @@ class RowScorer:
         batch = self.stage.on_device(self.stage.task.collate(encoded, rows))
         return batch, self._score(batch)
 
+    def _reverse(self, scorer: ReverseScorer, mode: Mode, compiled: bool) -> None:
+        """Take reverse mode, compiled if asked and possible, unless forward mode is the cheaper."""
+        if self.compression is not None:
+            scorer = scorer.replaced(self.compression.matrices)
+        elif mode == "auto" and scorer.uncovered:
+            # A parameter without a rule costs a forward-mode pass a query, and then reverse mode saves nothing.
+            self.note = f"not compiled: no rule for {scorer.uncovered[0]}" if compiled else ""
+            return
+        self._score, self.mode = scorer, "reverse"
+        if compiled:
+            try:
+                self._score, self.compiled = CompiledScorer(scorer), True
+            except CannotCompile as reason:
+                self.note = f"not compiled: {reason}"
+        if not self.compiled and mode == "auto" and self.compression is None and self.columns <= FORWARD_QUERIES:
+            self._score, self.mode = ForwardScorer(self.stage, scorer.vectors), "forward"
+
     def _budget(self, given: int | None, default: int) -> int:
         """Return the limit of a batch that was given, or the stage's, which the masks of an example share."""
         task = self.stage.task
         if given is None:
             # Reverse mode reads all query vectors once a batch, so larger batches pay.
-            given = default * 2 if self.mode == "reverse" and self.queries > 1 else default
+            given = default * 2 if self.mode == "reverse" and self.columns > 1 else default
         return max(1, given // (task.masks if isinstance(task, MaskedLM) else 1))
 
 
