@@ -144,7 +144,9 @@ class SolveCheckpoint:
         ends = [{f.name: getattr(s, f.name) for f in dataclasses.fields(s) if f.name != "vector"} for s in solutions]
         part._write("solved", {"vectors": [s.vector for s in solutions], "ends": ends})
         if processes.main():
-            part._path("state").unlink(missing_ok=True)
+            for inner in self._folder.glob(f"{part._name}[-.]*"):
+                if inner != part._path("solved"):
+                    inner.unlink(missing_ok=True)
         return solutions
 
     def _path(self, kind: str) -> Path:

@@ -74,6 +74,10 @@ def grow(
     before. `ended` in the curve is "stable", "whole corpus" (nothing is left to draw: the sample plays no part any more) or
     "limit reached", of which no more is known than the curve shows.
     """
+    if any(hasattr(t, "full_tensor") for t in stage.theta.values()):
+        raise BadInput(
+            f"stage {stage.name!r}: its model is sharded among processes, whose sample cannot grow; give a number of rows"
+        )
     cap = min(growing.limit or stage.size, stage.size)
     draw = torch.randperm(stage.size, generator=torch.Generator().manual_seed(seed + 1))
     probe = sorted(draw[: growing.probe].tolist())

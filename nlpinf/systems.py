@@ -116,7 +116,8 @@ class System:
                 own = replace(own, preconditioner=self._preconditioner)
             return own.many(self.operator, rights, self.second, progress, starts, part)  # type: ignore[no-any-return]
 
-        if checkpoints is None:
+        in_pieces = any(hasattr(t, "full_tensor") for t in self.operator.template.values())
+        if checkpoints is None or in_pieces:  # of a sharded model no process holds a whole state
             solutions = run(None)
         else:
             identity = self._identity(solver, rights, starts)

@@ -46,6 +46,9 @@ def notices(manifest: Mapping[str, Any], columns: list[np.ndarray], missing: int
         found.append(Notice(True, text, advice))
     for query, column in zip(queries, columns):
         found += _of_scores(query["name"], column)
+    growth = (manifest.get("query_vectors") or {}).get("growth") or {}
+    if growth.get("ended") == "limit reached":
+        found.append(_of_growth(growth))
     for stage in (manifest.get("query_vectors") or {}).get("stages") or []:
         if (head := stage.get("head") or {}).get("fitted"):
             found.append(_of_head(stage["name"], head))
@@ -68,6 +71,15 @@ _DAMAGE = {
 
 def _of_rows(corpus: Mapping[str, Any]) -> list[Notice]:
     found = []
+    if (exact := corpus.get("exact")) is not None:
+        guessed = int(corpus.get("rows", exact)) - int(exact)
+        text = (
+            f"{count(guessed)} sentences were screened only: their scores are guesses of a regression. The lists show "
+            f"the {count(int(exact))} that were scored exactly; the histogram shows all."
+        )
+        found.append(
+            Notice(False, text, "What share of the true top was scored exactly stands in screening/recall.json.")
+        )
     if cut := corpus.get("truncated"):
         text = f"{count(int(cut))} sentences of the corpus are longer than the model takes; their scores are of their beginnings."
         found.append(Notice(False, text, "The column truncated of the scores tells which."))
@@ -75,6 +87,17 @@ def _of_rows(corpus: Mapping[str, Any]) -> list[Notice]:
         text = f"{count(int(number))} sentences of the corpus contain {_DAMAGE.get(name, name)}."
         found.append(Notice(False, text, "They were scored as they are."))
     return found
+
+
+def _of_growth(growth: Mapping[str, Any]) -> Notice:
+    last = growth["sizes"][-1]
+    known = last["spearman"]
+    told = "only one size was tried" if known is None else f"the rank correlation with the size before is {known:.2f}"
+    text = (
+        f"The curvature sample reached its limit of {count(int(last['rows']))} rows before the order of the scores was "
+        f"stable: {told}, where {growth['spearman']:.2f} was asked for."
+    )
+    return Notice(False, text, "Raise the limit, or take a larger damping; until then the order is not settled.")
 
 
 def _of_head(stage: str, head: Mapping[str, Any]) -> Notice:

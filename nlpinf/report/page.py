@@ -104,6 +104,8 @@ def page(
         "notices": notices(manifest, columns, missing),
         "queries": sections,
         "asked": _asked(manifest),
+        "growth": _growth(manifest),
+        "error_bars": (manifest.get("query_vectors") or {}).get("error_bars"),
         "chain": [stage["name"] for stage in (manifest.get("query_vectors") or {}).get("stages", [])],
         "removals": _removals(removal, manifest["queries"]) if removal else [],
         "versions": manifest.get("versions") or {},
@@ -161,6 +163,7 @@ def _row(rank: int, row: Any, pieces: list[Piece], largest: float) -> dict[str, 
         "rank": rank,
         "row": row.row,
         "score": row.score,
+        "error": row.standard_error,
         "change": row.predicted_change,
         "loss": row.loss,
         "pieces": shares,
@@ -222,6 +225,11 @@ def _asked(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
         entries = {key: value for key, value in entry.items() if value}
         asked.append({"name": stage.get("name", f"stage {number + 1}"), "entries": entries})
     return asked
+
+
+def _growth(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    growth = (manifest.get("query_vectors") or {}).get("growth")
+    return growth and {**growth, "chart": svg.growth(growth["sizes"], growth["spearman"])}
 
 
 def _sample(step: Mapping[str, Any]) -> str:

@@ -67,6 +67,40 @@ def residual_curve(
     return _svg(parts, f"Relative residual after each of {len(history)} curvature products, logarithmic axis")
 
 
+def growth(sizes: Sequence[dict[str, Any]], spearman: float) -> Markup:
+    """Return, over the rows of a curvature sample that grew (logarithmic), the rank correlation of the scores with those of the
+    size before (curve, with the limit `spearman`) and the second-sample residual (hollow marks)."""
+    if len(sizes) < 2:
+        return Markup("")
+    logs = [math.log2(size["rows"]) for size in sizes]
+    ranks = [(at, size["spearman"]) for at, size in zip(logs, sizes) if size["spearman"] is not None]
+    seconds = [(at, size["second_residual"]) for at, size in zip(logs, sizes) if size["second_residual"] is not None]
+    values = [value for _, value in ranks + seconds]
+    low, high = min(0.0, *values), max(1.0, *values)
+
+    def x(at: float) -> float:
+        return LEFT + 14 + (at - logs[0]) / (logs[-1] - logs[0]) * (WIDTH - LEFT - RIGHT - 42)
+
+    def y(value: float) -> float:
+        return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    parts = []
+    for tick in _even_ticks(low, high):
+        parts.append(_line(LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid"))
+        parts.append(_text(LEFT - 6, y(tick) + 4, f"{tick:.2g}", "end"))
+    for at, size in zip(logs, sizes):
+        parts.append(_text(x(at), HEIGHT - BOTTOM + 16, _short(size["rows"]), "middle"))
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, "rows of the curvature sample", "middle"))
+    parts.append(_line(LEFT, y(spearman), WIDTH - RIGHT, y(spearman), "limit"))
+    points = " ".join(f"{x(at):.1f},{y(value):.1f}" for at, value in ranks)
+    parts.append(f'<polyline class="curve" points="{points}"/>')
+    for at, value in ranks:
+        parts.append(f'<circle class="mark" cx="{x(at):.1f}" cy="{y(value):.1f}" r="4"/>')
+    for at, value in seconds:
+        parts.append(f'<circle class="mark hollow" cx="{x(at):.1f}" cy="{y(value):.1f}" r="4.5"/>')
+    return _svg(parts, "Rank correlation and second-sample residual for each size of the curvature sample")
+
+
 def histogram(scores: np.ndarray, bins: int = 41) -> Markup:
     """Return the histogram of the finite scores; the 0.5 % largest sizes are gathered in the bars at the ends."""
     values = scores[np.isfinite(scores)].astype(np.float64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,7 @@ def screen(
         raise BadInput(
             f"the corpus has {feed.size:,} rows, too few to screen: {taken:,} would be scored to begin with; score it whole"
         )
+    vectors = replace(vectors, errors=())  # of guesses there are none, and they would be taken for those of the scores
     scorer = RowScorer(vectors, mode)
     manifest = scores_manifest(vectors, feed, scorer, scores_identity(vectors, feed, part_rows, text))
     manifest["identity"]["screen"] = {"exact": exact, "top": top, "seed": seed, "sample": taken}

@@ -34,6 +34,7 @@ class ScoredRow:
     """One row of the result for one query.
 
     `score`             dq/dε for upweighting the example; positive = harmful
+    `standard_error`    of the score, where the query has error bars
     `predicted_change`  −score/m: by about so much removing it changes the query's value, in the query's own unit
     `count`             how many rows of the corpus have this text, where equal texts were scored once
     `loss`              g(z); `tokens` the number of its counted items
@@ -51,6 +52,7 @@ class ScoredRow:
     token_ids: list[int] | None = None
     token_positions: list[int] | None = None
     count: int | None = None
+    standard_error: float | None = None
 
 
 class Store:
@@ -120,11 +122,18 @@ class Store:
         publish(part_path(self.folder, part), lambda temporary: write_table(table, temporary), first_name)
 
     def finish(self) -> None:
-        """Once no part is missing, write into the manifest how many rows were truncated; any process may, any number of times."""
+        """Once no part is missing, write into the manifest how many rows were truncated, and how many scored exactly.
+
+        Any process may, any number of times.
+        """
         counted = Scores.open(self.folder, partial=True)
-        if counted.missing or "truncated" in self.manifest["corpus"] or (found := counted.truncated) is None:
+        if counted.missing:
             return
-        self.manifest["corpus"]["truncated"] = found
+        found = {name: counted.count_of(name) for name in ("truncated", "exact")}
+        found = {name: count for name, count in found.items() if count is not None}
+        if found.items() <= self.manifest["corpus"].items():
+            return
+        self.manifest["corpus"].update(found)
         publish(self.folder / MANIFEST, lambda temporary: temporary.write_bytes(_content(self.manifest)))
 
     def tidy(self) -> None:
@@ -208,12 +217,11 @@ class Scores:
         """The row numbers in the corpus's order, (N,) int64."""
         return np.concatenate([table["row"].to_numpy() for table in self.tables(["row"])])
 
-    @property
-    def truncated(self) -> int | None:
-        """How many rows were cut to the task's greatest length; None where that is not known."""
-        if "truncated" not in self.columns:
+    def count_of(self, flag: str) -> int | None:
+        """Return how many rows have a flag, "truncated" or "exact"; None if there is no such column."""
+        if flag not in self.columns:
             return None
-        return sum(pc.sum(table["truncated"]).as_py() or 0 for table in self.tables(["truncated"]))
+        return sum(pc.sum(table[flag]).as_py() or 0 for table in self.tables([flag]))
 
     @cached_property
     def losses(self) -> np.ndarray:
@@ -224,6 +232,13 @@ class Scores:
         """Return the scores of a query, by number or name, in the order of `rows`: (N,) float32."""
         index = self.index_of(query)
         return np.concatenate([self.scores_of(table, index) for table in self.tables(["score"])])
+
+    def standard_errors(self, query: int | str = 0) -> np.ndarray | None:
+        """Return the standard errors of a query's scores in the order of `rows`, (N,) float32; None without error bars."""
+        name, index = "standard_error", self.index_of(query)
+        if name not in self.columns:
+            return None
+        return np.concatenate([self.scores_of(table, index, name) for table in self.tables([name])])
 
     def top(self, k: int = 20, query: int | str = 0, helpful: bool = False) -> list[ScoredRow]:
         """Return the `k` rows with the largest scores (most harmful first), or with the smallest (most helpful first).
@@ -258,6 +273,7 @@ class Scores:
     def _scored(self, values: dict[str, Any], index: int) -> ScoredRow:
         one = len(self.queries) == 1
         score = values["score"] if one else values["score"][index]
+        error = values.get("standard_error")
         parts = values.get("token_scores")
         if parts is not None and not one:
             parts = [part[index] for part in parts]
@@ -272,11 +288,12 @@ class Scores:
             values.get("token_ids"),
             values.get("token_positions"),
             values.get("count"),
+            error if one or error is None else error[index],
         )
 
-    def scores_of(self, table: pa.Table, index: int) -> np.ndarray:
-        """Return the scores of query number `index` of a table that has the column `score`, (n,) float32."""
-        column = table["score"].combine_chunks()
+    def scores_of(self, table: pa.Table, index: int, name: str = "score") -> np.ndarray:
+        """Return the scores of query number `index` of a table that has the column `name`, (n,) float32."""
+        column = table[name].combine_chunks()
         if isinstance(column, pa.ChunkedArray):
             column = pa.concat_arrays(column.chunks)
         if len(self.queries) == 1:

@@ -30,6 +30,11 @@ def table(result: RowScores, part: Part, text: bool = True) -> pa.Table:
     columns = {
         "row": pa.array(numbers),
         "score": lists_of(scores),
+        **(
+            {}
+            if result.errors is None
+            else {"standard_error": lists_of(finite(result.errors, numbers, "standard error"))}
+        ),
         "loss": pa.array(finite(result.losses, numbers, "loss")),
         "tokens": pa.array(result.tokens.astype(np.int32)),
     }
