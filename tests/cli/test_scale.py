@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 from tests.cli.common import nlpinf, refused, scored, sentences
@@ -69,3 +70,69 @@ def test_equal_texts_are_scored_once_and_shown_with_their_number(root: Path, tmp
     assert nlpinf("filter", tmp_path / "once", "--drop-above", limit, "--out", tmp_path / "best.jsonl").status == 0
     rows = [json.loads(line) for line in (tmp_path / "best.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == [best["text"]] * best["count"]
+
+
+def many(folder: Path, rows: int) -> Path:
+    """Write a corpus of so many sentences, some of them odd."""
+    texts = (sentences(200) * (rows // 200 + 1))[:rows]
+    texts[5] += " \ufffd"
+    texts[6] = " ".join(texts[:6])
+    path = folder / "many.txt"
+    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return path
+
+
+def test_screening_marks_what_it_guessed(root: Path, tmp_path: Path) -> None:
+    corpus = many(tmp_path, 2500)
+    job = ("score", "--query", root / "run/query", "--corpus", corpus, "--part-rows", 1000)
+    ended = nlpinf(*job, "--out", tmp_path / "s", "--screen", "45%")
+    assert ended.status == 0 and "most harmful rows" in ended.out and "held-out rows" in ended.out, ended
+    again = nlpinf(*job, "--out", tmp_path / "s", "--screen", "45%", "--json").json
+    assert again["corpus"]["exact"] < 2500 and again["corpus"]["odd"] == {"U+FFFD": 2}
+    assert {(end["end"], end["seen"]) for end in again["recall"]} == {("harmful", 5), ("helpful", 5)}
+    exact = nlpinf(*job, "--out", tmp_path / "e", "--json")
+    assert exact.status == 0, exact
+    tops = [nlpinf("top", tmp_path / name, "-n", 5, "--json").json["rows"] for name in ("s", "e")]
+    by_row = {row["row"]: row["score"] for row in nlpinf("top", tmp_path / "e", "-n", 2500, "--json").json["rows"]}
+    assert all(abs(row["score"] - by_row[row["row"]]) < 1e-5 * abs(tops[1][0]["score"]) for row in tops[0])
+    page = nlpinf("report", tmp_path / "s", "--out", tmp_path / "page.html")
+    assert page.status == 0 and "were screened only" in (tmp_path / "page.html").read_text(encoding="utf-8"), page
+    assert "1 truncated, 2 with U+FFFD" in nlpinf("status", tmp_path / "e").out
+    for options in (("--screen", "x"), ("--screen", "5"), ("--screen", "45%", "--compress", 0.1)):
+        refused(nlpinf(*job, "--out", tmp_path / "x", *options), "5" if options[1] == "5" else options[1][0])
+    refused(nlpinf(*job, "--out", tmp_path / "x", "--screen", "10%"), "too few to screen")
+
+
+def test_compressed_scores_say_what_they_err_by(root: Path, tmp_path: Path) -> None:
+    corpus = many(tmp_path, 300)
+    job = ("score", "--query", root / "run/query", "--corpus", corpus)
+    exact = nlpinf(*job, "--out", tmp_path / "e", "--json")
+    found = nlpinf(*job, "--out", tmp_path / "c", "--compress", 0.2, "--json")
+    assert exact.status == found.status == 0, (exact, found)
+    told = found.json["scoring"]["compression"]
+    assert told["error"] == 0.2 and 0 < told["measured"]["rms"] <= 0.2 and told["measured"]["spearman"] >= 0.99
+    a, b = (
+        {row["row"]: row["score"] for row in nlpinf("top", tmp_path / name, "-n", 300, "--json").json["rows"]}
+        for name in "ec"
+    )
+    spread = statistics.pstdev(a.values())
+    assert (sum((a[row] - b[row]) ** 2 for row in a) / len(a)) ** 0.5 < 0.3 * spread
+    assert "of their spread" in nlpinf(*job, "--out", tmp_path / "c", "--compress", 0.2).out
+    refused(nlpinf(*job, "--out", tmp_path / "c", "--compress", 0.1), "'compress': 0.2 there, 0.1 now")
+    refused(nlpinf(*job, "--out", tmp_path / "x", "--compress", 2), "between 0 and 1")
+
+
+def test_a_plan_is_printed_and_nothing_is_written(root: Path, tmp_path: Path) -> None:
+    corpus = many(tmp_path, 400)
+    job = ("plan", "--query", root / "run/query", "--corpus", corpus, "--part-rows", 100, "--rows", 50)
+    ended = nlpinf(*job, "--price", 2, "--processes", 6, cwd=tmp_path)
+    assert ended.status == 0 and "400 rows in 4 parts" in ended.out and "cost" in ended.out, ended
+    assert [p.name for p in tmp_path.iterdir()] == ["many.txt"]
+    plan = nlpinf(*job, "--json", "--processes", 6).json
+    assert plan["rows"] == 400 and plan["parts"] == 4 and 50 <= plan["measured"] <= 400 and plan["disk_bytes"] > 0
+    assert [option["processes"] for option in plan["options"]] == [1, 2, 4, 6]
+    assert all(option["cost"] is None for option in plan["options"])
+    hours = [option["hours"] for option in plan["options"]]
+    assert hours == sorted(hours, reverse=True) and hours[2] == hours[3]  # four parts, a process each
+    refused(nlpinf(*job, "--mode", "sideways"), "sideways", "auto, forward, reverse")
+    refused(nlpinf(*job[:-4], "--corpus", tmp_path / "none.txt"), "none.txt", "no such file")

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from nlpinf import report
 from nlpinf.data.corpus import Corpus
 from nlpinf.errors import BadInput
 from nlpinf.scoring import Scores, score
@@ -46,6 +47,18 @@ def test_exact_rows_are_exact_and_others_are_marked(found: tuple) -> None:
     np.testing.assert_allclose(scores.losses[exact], whole.losses[exact], rtol=1e-5)
     assert table["loss"].null_count == table["tokens"].null_count == (~exact).sum()
     assert all(row.row in set(whole.rows[exact]) for row in scores.top(40, helpful=True))
+    assert Scores.open(out).manifest["corpus"]["exact"] == exact.sum()
+
+
+def test_the_report_shows_exact_rows_and_says_how_many_were_screened(found: tuple, tmp_path: Path) -> None:
+    _, scores, _, _ = found
+    report.write(scores, tmp_path / "page.html", examples=200)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    exact = {r for t in scores.tables(["row", "exact"]) for r, e in zip(*t.to_pydict().values()) if e}
+    told = f"{ROWS - len(exact):,}".replace(",", "\u2009")
+    assert f"{told} sentences were screened only" in page and ">nan<" not in page.lower()
+    shown = [row for q in (0, 1) for h in (False, True) for row in scores.top(200, q, h)]
+    assert {row.row for row in shown} <= exact and all(row.loss is not None for row in shown)
 
 
 def test_the_stated_recall_holds(found: tuple) -> None:
