@@ -57,15 +57,15 @@ def texts(file: Path | None, count: int) -> list[str]:
     return [" ".join(draw.choices(words, shares, k=n)) for n in lengths]
 
 
-def tokenizer(sentences: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer of `WORDS` tokens trained on the sentences."""
+def tokenizer(sentences: Sequence[str], size: int = WORDS) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer of at most `size` tokens trained on the sentences."""
     special = ["<pad>", "<bos>", "<eos>", "<mask>"]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
         sentences,
-        trainers.BpeTrainer(vocab_size=WORDS, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     core.post_processor = processors.TemplateProcessing("<bos> $A <eos>", None, [("<bos>", 1), ("<eos>", 2)])
     return PreTrainedTokenizerFast(

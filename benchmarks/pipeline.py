@@ -2,7 +2,7 @@
 
 python benchmarks/pipeline.py zeros --rows 10000000   a scorer that returns zeros: rows/s, memory above the start
 python benchmarks/pipeline.py model --rows 1000000    a one-layer model end to end
-python benchmarks/pipeline.py processes --rows 40000  two processes with one thread each against one
+python benchmarks/pipeline.py processes               two processes with one thread each against one
 python benchmarks/pipeline.py plan --rows 24000       what `nlpinf plan` says against what the run takes
 """
 
@@ -137,9 +137,9 @@ def run_zeros(corpus: Path, out: Path, rows: int) -> dict[str, Any]:
     }
 
 
-def vectors_of(layers: int, width: int, texts: list[str]) -> QueryVectors:
-    """Return one random query vector for a GPT-2 of this size."""
-    words = common.tokenizer(texts)
+def vectors_of(layers: int, width: int, texts: list[str], tokens: int = common.WORDS) -> QueryVectors:
+    """Return one random query vector for a GPT-2 of this size with at most so many tokens in its vocabulary."""
+    words = common.tokenizer(texts, tokens)
     torch.manual_seed(0)
     size = {"n_positions": 64, "n_embd": width, "n_layer": layers, "n_head": max(1, width // 64)}
     config = GPT2Config(vocab_size=len(words), use_cache=False, bos_token_id=1, eos_token_id=2, pad_token_id=0, **size)
@@ -150,12 +150,20 @@ def vectors_of(layers: int, width: int, texts: list[str]) -> QueryVectors:
 
 
 def run_model(corpus: Path, out: Path, rows: int, vectors: QueryVectors) -> dict[str, Any]:
-    """Score the corpus end to end."""
+    """Score the corpus end to end; what memory is held after a tenth of it and at the end tells whether it grows."""
+    held: list[tuple[int, int]] = []
     with peak_above() as memory:
         began = time.perf_counter()
-        score(vectors, corpus, out)
+        score(vectors, corpus, out, progress=lambda done, of: held.append((done, resident())))
         seconds = time.perf_counter() - began
-    return {"rows_per_second": round(rows / seconds, 1), "seconds": round(seconds, 1), "mib_above_start": memory[0]}
+    early = max((size for done, size in held if done <= rows / 10), default=held[0][1])
+    late = max(size for done, size in held if done >= rows * 9 / 10)
+    return {
+        "rows_per_second": round(rows / seconds, 1),
+        "seconds": round(seconds, 1),
+        "mib_above_start": memory[0],
+        "mib_grown_since_first_tenth": round((late - early) / 2**20, 1),
+    }
 
 
 def forked(count: int, work: Callable[[], Any]) -> float:
@@ -176,17 +184,28 @@ def forked(count: int, work: Callable[[], Any]) -> float:
 
 
 def run_processes(corpus: Path, out: Path, rows: int, vectors: QueryVectors) -> dict[str, Any]:
-    """Score the corpus by one process and by two, in turn, with parts of 1,024 rows."""
+    """Score the corpus by one process and by two, in turn, in 16 parts."""
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(3):
         for count in seconds:
             folder = out.parent / f"{count}-{turn}"
-            seconds[count].append(forked(count, lambda f=folder: score(vectors, corpus, f, part_rows=1024)))  # type: ignore[misc]
+            seconds[count].append(forked(count, lambda f=folder: score(vectors, corpus, f, part_rows=-(-rows // 16))))  # type: ignore[misc]
     best = {count: min(each) for count, each in seconds.items()}
     return {
         "speedup": round(best[1] / best[2], 2),
         "seconds": {k: [round(s, 1) for s in v] for k, v in seconds.items()},
     }
+
+
+def sized(corpus: Path, vectors: QueryVectors, seconds: float = 10.0) -> int:
+    """Return how many rows one process with one thread scores in about so many seconds; the file gets that many lines."""
+    probe = 1024
+    write_corpus(corpus, probe)
+    with tempfile.TemporaryDirectory() as folder:
+        taken = forked(1, lambda: score(vectors, corpus, Path(folder, "probe")))
+    rows = max(probe, 16 * round(seconds / taken * probe / 16))
+    write_corpus(corpus, rows)
+    return rows
 
 
 def run_plan(corpus: Path, out: Path, rows: int, vectors: QueryVectors) -> dict[str, Any]:
@@ -211,9 +230,12 @@ def main() -> None:
     """Run the benchmark."""
     options = common.parser(__doc__)
     options.add_argument("job", choices=["zeros", "model", "processes", "plan"])
-    options.add_argument("--rows", type=int, default=100_000, help="rows of the generated corpus (default 100,000)")
+    options.add_argument(
+        "--rows", type=int, help="rows of the generated corpus (100,000; for processes: what one does in 10 seconds)"
+    )
     options.add_argument("--layers", type=int, help="layers of the model (default 1, for the plan 4)")
     options.add_argument("--width", type=int, help="width of the model (default 32, for the plan 256)")
+    options.add_argument("--tokens", type=int, help="tokens of its vocabulary (default 1000, for the plan 8000)")
     arguments = options.parse_args()
     if arguments.clock == "cpu":  # of this process, which other work on the machine does not lengthen
         time.perf_counter = time.process_time
@@ -222,19 +244,25 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         corpus, out = Path(folder, "corpus.txt"), Path(folder, "scores")
-        write_corpus(corpus, arguments.rows)
-        size = {"rows": arguments.rows, "corpus_mib": round(corpus.stat().st_size / 2**20)}
+        rows = arguments.rows or 100_000
+        write_corpus(corpus, rows)
         if arguments.job == "zeros":
-            result = run_zeros(corpus, out, arguments.rows)
+            result = run_zeros(corpus, out, rows)
         else:
             with corpus.open(encoding="utf-8") as file:
                 texts = [line.rstrip("\n") for line, _ in zip(file, range(2000))]
+            tokens = arguments.tokens or (common.WORDS if large else 1000)
+            vectors = vectors_of(layers, width, texts, tokens)
+            if arguments.job == "processes" and arguments.rows is None:
+                rows = sized(corpus, vectors)
             job = {"model": run_model, "processes": run_processes, "plan": run_plan}[arguments.job]
             result = {
                 "layers": layers,
                 "width": width,
-                **job(corpus, out, arguments.rows, vectors_of(layers, width, texts)),
+                "tokens": tokens,
+                **job(corpus, out, rows, vectors),
             }
+        size = {"rows": rows, "corpus_mib": round(corpus.stat().st_size / 2**20)}
     load = round(os.getloadavg()[0], 1)
     record = {
         "benchmark": f"pipeline {arguments.job}",
