@@ -1,8 +1,11 @@
 """An LSTM's steps without gradients: in place, and with a direction's derivative by hand beside the values.
 
 The same formulas as `ProjectedLSTM`, whose own loop is made of operations with derivatives of every kind and order. Here
-memory is written over, which only values and forward-mode tangents allow: products add themselves to what is there, and
-the tangents of σ and tanh come from their values. With h' for dh/dt, (h W)' = h' W + h W'.
+memory is written over, which only values and forward-mode tangents allow: gate inputs are made for a few steps at a time in
+memory that stays in the processor's cache, products add themselves to what is there, and the tangents of σ and tanh come
+from their values. With h' for dh/dt, (h W)' = h' W + h W'.
+
+Under autocast on a CPU the gates and products are of its dtype, cell states and what is returned as they were.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+ROWS = 512  # tokens whose gate inputs are made at a time, in each direction
 _sigmoid_tangent = torch.ops.aten.sigmoid_backward.default  # (tangent of x, σ(x)) to that of σ(x)
 _tanh_tangent = torch.ops.aten.tanh_backward.default
 
@@ -21,68 +25,121 @@ def applies() -> bool:
         torch.is_grad_enabled()
         or torch._C._are_functorch_transforms_active()
         or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
         or torch.is_autocast_enabled("cuda")
     )
 
 
-def affine(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ + b for both directions: bias (2, m), x (2, n, k), weight (2, m, k) to (2, n, m), dual if one of them is."""
-    (b, db), (x, dx), (w, dw) = (_pair(t) for t in (bias, x, weight))
-    out = torch.baddbmm(b[:, None], x, w.mT)
-    if db is None and dx is None and dw is None:
-        return out
-    change = out.new_zeros(1).expand_as(out) if db is None else db[:, None]
-    if dx is not None:
-        change = torch.baddbmm(change, dx, w.mT)
-    if dw is not None:
-        change = torch.baddbmm(change, x, dw.mT) if dx is None else change.baddbmm_(x, dw.mT)
-    return forward_ad.make_dual(out, change.expand_as(out).contiguous())
+class Gates:
+    """Gate inputs x Wᵀ + b of all tokens, made when they are asked for; parameters and x may be dual tensors.
+
+    bias (2, m), weight (2, m, k); x (2, N, k), or with `which` (2, N) the words (n, k) that the tokens are.
+    """
+
+    def __init__(self, bias: Tensor, x: Tensor, weight: Tensor, which: Tensor | None = None) -> None:
+        self.dtype = x.dtype
+        self.low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        self._b, self._db = _pair(bias, self.low)
+        self._x, self._dx = _pair(x, self.low)
+        self._w, self._dw = _pair(weight, self.low)
+        self.moving = any(t is not None for t in (self._db, self._dx, self._dw))
+        self.width, self._which = self._w.shape[1], which
+        if which is not None:
+            words = len(self._x)
+            self._x = self._x.expand(2, *self._x.shape)
+            self._dx = None if self._dx is None else self._dx.expand(2, *self._dx.shape)
+            self._table = self._x.new_empty(2, words, self.width)
+            self._change = torch.empty_like(self._table) if self.moving else None
+            self._make(self._table, self._change, slice(None))
+
+    def fill(self, values: Tensor, changes: Tensor | None, rows: slice) -> None:
+        """Write the gate inputs of these tokens to `values` (2, n, m) and their tangents to `changes`."""
+        if self._which is None:
+            return self._make(values, changes, rows)
+        for way in range(2):
+            ids = self._which[way, rows]
+            torch.index_select(self._table[way], 0, ids, out=values[way])
+            if changes is not None:
+                changes[way].zero_() if self._change is None else torch.index_select(
+                    self._change[way], 0, ids, out=changes[way]
+                )
+
+    def _make(self, values: Tensor, changes: Tensor | None, rows: slice) -> None:
+        values.copy_(self._b[:, None].expand_as(values)).baddbmm_(self._x[:, rows], self._w.mT)
+        if changes is None:
+            return
+        changes.zero_() if self._db is None else changes.copy_(self._db[:, None].expand_as(changes))
+        if self._dx is not None:
+            changes.baddbmm_(self._dx[:, rows], self._w.mT)
+        if self._dw is not None:
+            changes.baddbmm_(self._x[:, rows], self._dw.mT)
 
 
 def advance(
-    gates: Tensor,
+    gates: Gates,
     sizes: list[int],
     weight_hh: Tensor,
     weight_hr: Tensor | None,
     cell_clip: float | None,
     projection_clip: float | None,
 ) -> Tensor:
-    """Packed gate inputs (2, N, 4 hidden), which are written over, to packed outputs (2, N, projection), from zero states.
+    """Gate inputs of packed tokens to packed outputs (2, N, projection), from zero states.
 
     Parameters and gates may be dual tensors; then so is the result.
     """
-    (g, dg), (w, dw) = _pair(gates), _pair(weight_hh)
-    r, dr = (None, None) if weight_hr is None else _pair(weight_hr)
-    moving = dg is not None or dw is not None or dr is not None
-    hidden, width = g.shape[2] // 4, w.shape[2]
-    dg = dg if dg is not None or not moving else torch.zeros_like(g)
-    out = g.new_empty(2, g.shape[1], width)
+    with torch.autocast("cpu", enabled=False):
+        return _advance(gates, sizes, weight_hh, weight_hr, cell_clip, projection_clip)
+
+
+def _advance(
+    gates: Gates,
+    sizes: list[int],
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    cell_clip: float | None,
+    projection_clip: float | None,
+) -> Tensor:
+    low = gates.low
+    w, dw = _pair(weight_hh, low)
+    r, dr = (None, None) if weight_hr is None else _pair(weight_hr, low)
+    moving = gates.moving or dw is not None or dr is not None
+    hidden, width = gates.width // 4, w.shape[2]
+    out = w.new_empty(2, sum(sizes), width)
     dout = torch.empty_like(out) if moving else None
-    c = g.new_zeros(2, sizes[0], hidden)
+    c = w.new_zeros(2, sizes[0], hidden, dtype=gates.dtype)
     dc = torch.zeros_like(c) if moving else None
-    start = before = 0
-    for n in sizes:
-        step, last = slice(start, start + n), slice(before, before + n)
-        for way in range(2) if start else ():
-            g[way, step].addmm_(out[way, last], w[way].T)
-            if dg is not None and dout is not None:
-                dg[way, step].addmm_(dout[way, last], w[way].T)
-                if dw is not None:
-                    dg[way, step].addmm_(out[way, last], dw[way].T)
-        i, j, f, o = g[:, step].split(hidden, -1)
-        torch.sigmoid_(i), torch.tanh_(j), torch.sigmoid_(g[:, step, 2 * hidden :])
+    room = w.new_empty((2 if moving else 1) * 2 * max(ROWS, sizes[0]) * gates.width)  # the same for all steps
+    g = dg = None
+    first = end = start = before = 0
+    for step_number, n in enumerate(sizes):
+        if start == end:
+            first, end = start, start + _count(sizes[step_number:])
+            shape = (2, end - first, gates.width)
+            size = 2 * shape[1] * shape[2]
+            g = room[:size].view(shape)
+            dg = room[size : 2 * size].view(shape) if moving else None
+            gates.fill(g, dg, slice(first, end))
+        assert g is not None
+        step, here, last = slice(start, start + n), slice(start - first, start - first + n), slice(before, before + n)
+        if start:
+            for way in range(2):
+                g[way, here].addmm_(out[way, last], w[way].T)
+                if dg is not None and dout is not None:
+                    dg[way, here].addmm_(dout[way, last], w[way].T)
+                    if dw is not None:
+                        dg[way, here].addmm_(out[way, last], dw[way].T)
+        i, j, f, o = g[:, here].split(hidden, -1)
+        torch.sigmoid_(i), torch.tanh_(j), torch.sigmoid_(g[:, here, 2 * hidden :])
         value, tangent = c[:, :n], None if dc is None else dc[:, :n]
         if dg is not None and tangent is not None:
-            di, dj, df, do = dg[:, step].split(hidden, -1)
-            tangent.mul_(f).addcmul_(_sigmoid_tangent(df, f), value)
-            tangent.addcmul_(_sigmoid_tangent(di, i), j).addcmul_(i, _tanh_tangent(dj, j))
-        value.mul_(f).addcmul_(i, j)
+            di, dj, df, do = dg[:, here].split(hidden, -1)
+            _add_product(tangent.mul_(f), _sigmoid_tangent(df, f), value)
+            _add_product(_add_product(tangent, _sigmoid_tangent(di, i), j), i, _tanh_tangent(dj, j))
+        _add_product(value.mul_(f), i, j)
         _clip(value, tangent, cell_clip)
         squashed = torch.tanh(value)
-        y = o * squashed
-        if dout is not None and tangent is not None:
-            dy = _sigmoid_tangent(do, o).mul_(squashed).addcmul_(o, _tanh_tangent(tangent, squashed))
+        y = (o * squashed).to(low)
+        if dout is not None and tangent is not None and dg is not None:
+            dy = _add_product(_sigmoid_tangent(do, o) * squashed, o, _tanh_tangent(tangent, squashed)).to(low)
             dout[:, step] = dy if r is None else torch.bmm(dy, r.mT)
             if dr is not None:
                 for way in range(2):
@@ -91,12 +148,27 @@ def advance(
         if r is not None:
             _clip(out[:, step], None if dout is None else dout[:, step], projection_clip)
         start, before = start + n, start
+    out, dout = out.to(gates.dtype), None if dout is None else dout.to(gates.dtype)
     return out if dout is None else forward_ad.make_dual(out, dout)
 
 
-def _pair(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+def _count(sizes: list[int]) -> int:
+    """Return the tokens of as many of the steps as have at most `ROWS`, one at least."""
+    total = sizes[0]
+    for n in sizes[1:]:
+        if total + n > ROWS:
+            break
+        total += n
+    return total
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return total.addcmul_(a, b) if a.dtype == b.dtype == total.dtype else total.add_(a * b)
+
+
+def _pair(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     value, tangent = forward_ad.unpack_dual(tensor)
-    return value, tangent
+    return value.to(dtype), None if tangent is None else tangent.to(dtype)
 
 
 def _clip(value: Tensor, tangent: Tensor | None, limit: float | None) -> None:
