@@ -17,9 +17,11 @@ from nlpinf import score
 from nlpinf.data.corpus import Corpus
 from nlpinf.errors import BadInput
 from nlpinf.influence import QueryVectors
+from nlpinf.scoring import Shard
 from nlpinf.scoring.compress import compressed
 from nlpinf.scoring.feed import feed_of
 from nlpinf.scoring.lowrank import Moments, Spectrum, choose, reduced, spectrum
+from nlpinf.scoring.merge import merge
 from nlpinf.scoring.reverse import ReverseScorer
 from nlpinf.scoring.store import COMPRESSED, Scores
 from nlpinf.stages import Stage, evaluation
@@ -191,3 +193,18 @@ def test_small_corpora_and_other_networks_are_scored_exactly() -> None:
     many = replace(recurrent, data=[recurrent.data[i % recurrent.size] for i in range(80)], record={})
     with pytest.raises(BadInput, match="reverse mode"):
         score(query_vectors(many), compress=0.1)
+
+
+def test_machines_without_a_common_disk_are_merged(tmp_path: Path) -> None:
+    stage = replace(pretrain_stage("gpt2 sdpa"), data=Corpus(sentences(200)))
+    vectors = smooth(stage, 2)
+    for i in (0, 1):
+        score(vectors, out=tmp_path / str(i), compress=0.1, part_rows=50, shard=Shard(i, 2))
+    manifest = json.loads((tmp_path / "1/manifest.json").read_text())
+    manifest["scoring"]["compression"]["measured"]["rms"] *= 1.001  # another processor rounds differently
+    (tmp_path / "1/manifest.json").write_text(json.dumps(manifest))
+    found = merge([tmp_path / "0", tmp_path / "1"], tmp_path / "m")
+    assert found.missing == [] and found.differences == [f"{tmp_path / '1'}: made its own compressed vectors"]
+    assert (tmp_path / "m" / COMPRESSED).read_bytes() == (tmp_path / "0" / COMPRESSED).read_bytes()
+    whole = score(vectors, out=tmp_path / "w", compress=0.1, part_rows=50)
+    np.testing.assert_allclose(Scores.open(tmp_path / "m").column(1), whole.column(1), rtol=1e-5)
