@@ -277,6 +277,8 @@ def _rows(chain: Chain, sample: Any, repeats: int) -> list[int | None]:
 
 def _repeats(chain: Chain, sample: Any, error_bars: int | None, own_steps: bool) -> int:
     """Return over how many samples v is the mean."""
+    if own_steps and isinstance(sample, Growing):
+        raise BadInput("a sample that grows was given beside steps, which have their own samples; give one of them")
     if error_bars is None:
         return 1
     if own_steps or isinstance(sample, Growing):
