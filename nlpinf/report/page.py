@@ -154,6 +154,7 @@ def _query(
         "score_power": shared_power([row.score for row in everything]),
         "change_power": shared_power([row.predicted_change for row in everything]),
         "newton": any(row.row in newton for row in everything),
+        "barred": any(row.standard_error is not None for row in everything),
     }
 
 
