@@ -99,8 +99,9 @@ def test_screening_marks_what_it_guessed(root: Path, tmp_path: Path) -> None:
     assert page.status == 0 and "were screened only" in (tmp_path / "page.html").read_text(encoding="utf-8"), page
     cut = exact.json["corpus"]["truncated"]  # the joined one, and what the model's 16 tokens are too few for
     assert 1 <= cut < 2500 and f"{cut} truncated, 2 with U+FFFD" in nlpinf("status", tmp_path / "e").out
-    for options in (("--screen", "x"), ("--screen", "5"), ("--screen", "45%", "--compress", 0.1)):
-        refused(nlpinf(*job, "--out", tmp_path / "x", *options), "5" if options[1] == "5" else options[1][0])
+    for options in (("--screen", "5"), ("--screen", "45%", "--compress", 0.1), ("--screen", "45%", "--shard", "0/2")):
+        refused(nlpinf(*job, "--out", tmp_path / "x", *options), "--screen takes a share", "--shard", "--compress")
+    refused(nlpinf(*job, "--out", tmp_path / "x", "--screen", "lots"), "lots")
     refused(nlpinf(*job, "--out", tmp_path / "x", "--screen", "10%"), "too few to screen")
 
 
