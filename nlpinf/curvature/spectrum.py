@@ -20,14 +20,17 @@ from nlpinf.parameters import Parameters
 
 
 def lanczos(operator: Operator, start: Parameters, steps: int) -> Tensor:
-    """Return T (k, k) in float64 after at most `steps` products; fewer where the Krylov space is exhausted."""
+    """Return T (k, k) in float64 after at most `steps` products; fewer where the Krylov space is exhausted.
+
+    More steps than there are parameters can pay: rounding repeats Ritz values, and the extreme ones go on converging.
+    """
     size = P.norm(start)
     if not size > 0:
         raise BadInput("Lanczos needs a start that is not zero")
     q_old, q, beta = P.zeros_like(start), P.scaled(1 / size, start), 0.0
     diagonal: list[float] = []
     off: list[float] = []
-    for _ in range(min(steps, operator.shape[0])):
+    for _ in range(steps):
         v = P.axpy(-beta, q_old, operator @ q)
         alpha = P.dot(q, v)
         v = P.axpy(-alpha, q, v)
