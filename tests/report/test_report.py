@@ -17,6 +17,7 @@ import torch
 
 from nlpinf import report
 from nlpinf.errors import BadInput
+from nlpinf.growing import Growing
 from nlpinf.influence import QueryVectors, query_vectors
 from nlpinf.queries import Query
 from nlpinf.report import numbers, svg
@@ -385,3 +386,36 @@ def test_columns_share_a_power() -> None:
     ]
     assert numbers.in_column(-4.5e-6, -6) == "−4.50" and numbers.in_column(4.5e-6, -6, signed=True) == "+4.50"
     assert numbers.in_column(0.0, -6, signed=True) == "0"
+
+
+def test_the_curve_of_a_sample_that_grew_and_error_bars_are_shown(tmp_path: Path) -> None:
+    """Numbers from the manifest, a mark for each size, the warning of a growth without an end; ± beside the scores."""
+    found = case("bert sdpa", "proximity")
+    asked = [Query.loss(found.asked[0], name) for name in TWO]
+    settings: dict[str, Any] = {"damping": 0.1, "solver": CG(1e-6)}
+    grown = score(query_vectors(found.chain, asked, sample=Growing(start=1, limit=3), **settings))
+    curve = grown.manifest["query_vectors"]["growth"]
+    assert len(curve["sizes"]) > 1
+    page = Page(report.write(grown, tmp_path / "grown.html"))
+    assert "before the order of the scores was stable" not in page.text
+    curve["ended"] = "limit reached"
+    page = Page(report.write(grown, tmp_path / "grown.html"))
+    last = curve["sizes"][-1]
+    assert f"reached its limit of {last['rows']} rows before the order of the scores was stable" in page.text
+    assert f"with the size before is {last['spearman']:.2f}, where 0.98 was asked for" in page.text
+    for size in curve["sizes"]:
+        assert f"{size['second_residual']:.2f}" in page.text
+    assert f"{curve['sizes'][-1]['spearman']:.3f}" in page.text
+    section = page.source[page.source.index('id="growth"') : page.source.index('id="query-1"')]
+    assert section.count('class="mark"') == len(curve["sizes"]) - 1
+    assert section.count('class="mark hollow"') == len(curve["sizes"])
+    assert "±" not in page.text
+
+    barred = score(query_vectors(found.chain, asked, sample=1, error_bars=2, **settings))
+    page = Page(report.write(barred, tmp_path / "barred.html"))
+    assert "from 2 disjoint samples" in page.text and 'id="growth"' not in page.source
+    row = barred.top(1)[0]
+    assert row.standard_error is not None
+    power = numbers.shared_power([r.score for r in (*barred.top(20), *barred.top(20, helpful=True))])
+    cell = f"{numbers.in_column(row.score, power)} ± {numbers.in_column(row.standard_error, power)}"
+    assert page.rows("harmful")[0][3] == cell
