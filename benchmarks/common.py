@@ -22,6 +22,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from nlpinf import heap
 from nlpinf.data.corpus import Corpus
 from nlpinf.stages import Stage
 from nlpinf.tasks import CausalLM, MaskedLM
@@ -41,8 +42,21 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
         default="wall",
         help="cpu: time of the process, which other work on the machine disturbs less",
     )
+    result.add_argument(
+        "--heap",
+        choices=["kept", "default"],
+        default="kept",
+        help="kept: freed memory stays with the process, as in the nlpinf commands; for all ways alike",
+    )
     result.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return result
+
+
+def settle(arguments: argparse.Namespace) -> None:
+    """Set the threads and the heap that the options ask for."""
+    torch.set_num_threads(arguments.threads)
+    if arguments.heap == "kept":
+        heap.keep()
 
 
 def texts(file: Path | None, count: int) -> list[str]:

@@ -100,7 +100,7 @@ def main() -> None:
     options.add_argument("--limit", type=int, default=600, help="seconds for a contestant (600)")
     options.add_argument("--verbose", action="store_true", help="show what the contestants print")
     arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
+    common.settle(arguments)
     results: list[dict[str, Any]] = []
     lines = ["contestant   queries  sentences/s  ratio  fit s  peak MiB  disk MiB  covers"]
     found = {python: versions(python) for python in arguments.python}

@@ -241,7 +241,7 @@ def main() -> None:
         time.perf_counter = time.process_time
     large = arguments.job == "plan"
     layers, width = arguments.layers or (4 if large else 1), arguments.width or (256 if large else 32)
-    torch.set_num_threads(arguments.threads)
+    common.settle(arguments)
     with tempfile.TemporaryDirectory() as folder:
         corpus, out = Path(folder, "corpus.txt"), Path(folder, "scores")
         rows = arguments.rows or 100_000

@@ -17,9 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 
 from benchmarks import common
 from nlpinf import parameters as P
+from nlpinf.scoring.compiled import CompiledScorer
 from nlpinf.scoring.forward import ForwardScorer
 from nlpinf.scoring.reverse import ReverseScorer
 from nlpinf.stages import Stage
@@ -41,6 +43,12 @@ def counted(stage: Stage, batch: Batch) -> torch.Tensor:
         return stage.task.losses(stage.task.outputs(stage.model, batch), batch)
 
 
+def rank_correlation(one: Any, other: Any, batches: list[Batch]) -> float:
+    """Return the least Spearman correlation of two ways' scores over the queries."""
+    a, b = (torch.cat([way(batch).scores for batch in batches]) for way in (one, other))
+    return round(min(float(spearmanr(x, y).statistic) for x, y in zip(a.T, b.T)), 6)
+
+
 def main() -> None:
     """Run the benchmark."""
     options = common.parser(__doc__)
@@ -49,8 +57,9 @@ def main() -> None:
     options.add_argument("--batch-tokens", nargs="+", type=int, default=[4096], help="padded tokens of a batch")
     options.add_argument("--batches", type=int, default=12, help="time so many batches, evenly spaced (default 12)")
     options.add_argument("--forward-up-to", type=int, default=2, help="time forward mode up to so many queries")
+    options.add_argument("--compile", action="store_true", help="also the compiled scorer, in float32 and in bfloat16")
     arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
+    common.settle(arguments)
     sentences = common.texts(arguments.corpus, arguments.sentences)
     words = common.tokenizer(sentences)
     results: list[dict[str, Any]] = []
@@ -70,11 +79,20 @@ def main() -> None:
                 }
                 if queries <= arguments.forward_up_to:
                     ways["forward"] = ForwardScorer(stage, vectors[:queries])
-                ways["reverse"] = ReverseScorer(stage, vectors[:queries])
+                ways["reverse"] = reverse = ReverseScorer(stage, vectors[:queries])
+                if arguments.compile:
+                    ways["compiled"] = CompiledScorer(reverse)
+                    low = ReverseScorer(stage.at("bfloat16"), vectors[:queries])
+                    ways["bfloat16"] = CompiledScorer(low)
+                if arguments.compile:  # shapes are compiled when they first come
+                    for way in ("compiled", "bfloat16"):
+                        ways[way](batches[0]), ways[way](batches[-1])
                 seconds = common.interleaved(ways, batches, arguments.clock)
                 done = sum(len(batch) for batch in batches)
                 for way in ways:
                     found = common.ratio(seconds, way, "bare")
+                    if way == "bfloat16":
+                        found["spearman"] = rank_correlation(ways["compiled"], ways[way], batches)
                     rate = round(done / sum(seconds[way]), 1)
                     results.append(
                         {
@@ -93,7 +111,7 @@ def main() -> None:
                     )
                     print(lines[-1], file=sys.stderr)
     corpus = arguments.corpus.name if arguments.corpus else "generated"
-    settings = {"sentences": len(sentences), "corpus": corpus, "clock": arguments.clock}
+    settings = {"sentences": len(sentences), "corpus": corpus, "clock": arguments.clock, "heap": arguments.heap}
     record = {"benchmark": "scoring", **settings, "results": results, "machine": common.machine(arguments.threads)}
     common.show(record, arguments.json, lines)
 

@@ -78,7 +78,7 @@ def main() -> None:
     options.add_argument("--solvers", nargs="+", default=["cg", "block", "lissa", "minres"])
     options.add_argument("--preconditioners", nargs="+", default=list(PRECONDITIONERS), choices=PRECONDITIONERS)
     arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
+    common.settle(arguments)
     makers: dict[str, Any] = {"cg": CG, "block": CG, "lissa": LiSSA, "minres": MINRES}
     results: list[dict[str, Any]] = []
     lines = [

@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
+from nlpinf import heap
 from nlpinf.cli import (
     check,
     damping,
@@ -49,6 +50,7 @@ def _options(
 ) -> None:
     os.environ["NLPINF_DEBUG"] = "1" if debug else ""
     os.environ["NLPINF_DEVICE"] = device
+    heap.keep()
     if threads:
         import torch
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 from nlpinf.scoring.forward import BatchScores
 from nlpinf.scoring.head import replaced
@@ -202,8 +203,15 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
+def _unfused(module: nn.Module, x: Tensor) -> Tensor:
+    """A linear map whose bias is added to what the product gave, with the operations that follow, not copied before it."""
+    weight, bias = module.weight, module.bias
+    y = x @ weight if isinstance(module, Conv1D) else F.linear(x, weight)  # type: ignore[arg-type, operator]
+    return y if bias is None else y + bias  # type: ignore[operator]
+
+
 def _tapped(module: nn.Module, number: int, s: list[Tensor]) -> Callable[..., Tensor]:
-    plain = type(module).forward
+    plain = _unfused if rule_of(module) is linear else type(module).forward
 
     def forward(x: Tensor) -> Tensor:
         y = plain(module, x)
