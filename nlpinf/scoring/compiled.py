@@ -207,7 +207,7 @@ def _unfused(module: nn.Module, x: Tensor) -> Tensor:
     """A linear map whose bias is added to what the product gave, with the operations that follow, not copied before it."""
     weight, bias = module.weight, module.bias
     y = x @ weight if isinstance(module, Conv1D) else F.linear(x, weight)  # type: ignore[arg-type, operator]
-    return y if bias is None else y + bias  # type: ignore[operator]
+    return y if bias is None else y + bias.to(y.dtype)  # type: ignore[union-attr, operator]
 
 
 def _tapped(module: nn.Module, number: int, s: list[Tensor]) -> Callable[..., Tensor]:
