@@ -6,6 +6,7 @@ Sums run in float64 whatever the tensors' dtype, so that a dot product over 10^8
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ def tied_groups(model: nn.Module) -> list[list[str]]:
 def dot(a: Parameters, b: Parameters) -> float:
     """Return ⟨a, b⟩ over the names of `a`, summed in float64."""
     _same_names(a, b)
-    return float(sum((a[name].double() * b[name].double()).sum() for name in a))
+    total: Any = sum((a[name].double() * b[name].double()).sum() for name in a)
+    return float(total.full_tensor() if hasattr(total, "full_tensor") else total)
 
 
 def norm(a: Parameters) -> float:
@@ -82,13 +84,45 @@ def size(a: Parameters) -> int:
 
 def finite(a: Parameters) -> bool:
     """Say whether every entry is a finite number."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in a.values())
+    return all(
+        bool(
+            torch.isfinite(
+                whole({"": (tensor.detach() * 0).sum()})[""] if hasattr(tensor, "full_tensor") else tensor
+            ).all()
+        )
+        for tensor in a.values()
+    )
+
+
+def in_pieces(a: Parameters) -> bool:
+    """Say whether processes hold the tensors in pieces (`DTensor`)."""
+    return any(hasattr(tensor, "full_tensor") for tensor in a.values())
+
+
+def whole(a: Parameters) -> Parameters:
+    """Return the tensors whole where processes hold them in pieces (`DTensor`); all processes must call it."""
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in a.items()}
 
 
 def random_like(a: Parameters, seed: int, draw: Callable[..., Tensor] = torch.randn) -> Parameters:
     """Return independent random entries (`torch.randn` or a function of its signature), the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: draw(tensor.shape, generator=generator, dtype=torch.float64).to(tensor) for name, tensor in a.items()}
+    return {name: _as(draw(t.shape, generator=generator, dtype=torch.float64), t) for name, t in a.items()}
+
+
+def place(tensor: Any) -> int:
+    """Return the address of a tensor's entries, or of this process's piece of them."""
+    return int((tensor.to_local() if hasattr(tensor, "to_local") else tensor).data_ptr())
+
+
+def _as(drawn: Tensor, tensor: Any) -> Tensor:
+    """Return `drawn`, the same on every process, in the dtype and place of `tensor`, in pieces if that is."""
+    if not hasattr(tensor, "full_tensor"):
+        return drawn.to(tensor)
+    from torch.distributed.tensor import distribute_tensor  # half a second to import, for sharded models alone
+
+    placed = drawn.to(tensor.device, tensor.dtype)
+    return distribute_tensor(placed, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def rademacher(shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:

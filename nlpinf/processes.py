@@ -90,11 +90,30 @@ def share(items: Iterable[T]) -> Iterator[T]:
     return islice(items, rank(), None, count())
 
 
+def turns(items: Iterable[T], even: bool) -> Iterator[tuple[T, bool]]:
+    """Yield (item, True) for this process's share of `items`.
+
+    With `even` equally often on every process: where there are too few, (item, False) with the item of another, to be
+    gone through without counting.
+    """
+    rest = iter(items)
+    while group := list(islice(rest, count())):
+        if rank() < len(group):
+            yield group[rank()], True
+        elif even:
+            yield group[0], False
+
+
 def total(sums: Parameters) -> Parameters:
-    """Return the sums over all processes of tensors by name; in place. Equal on all of them, to the last bit."""
+    """Return the sums over all processes of tensors by name; in place. Equal on all of them, to the last bit.
+
+    Tensors that are held in pieces are sums already (`nlpinf.sharded`).
+    """
     if count() > 1:
         bucket: list[Tensor] = []
         for tensor in sums.values():
+            if hasattr(tensor, "full_tensor"):
+                continue
             bucket.append(tensor)
             if sum(t.numel() for t in bucket) >= _BUCKET:
                 _reduce(bucket)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from nlpinf import parameters as P
-from nlpinf import processes
+from nlpinf import processes, sharded
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
 from nlpinf.stages import Stage, evaluation
@@ -57,17 +58,16 @@ class Query:
     def value(self, stage: Stage, changed: Parameters | None = None) -> float:
         """Return q at the stage's parameters, with those in `changed` in their place."""
         with evaluation(stage.model), torch.no_grad():
-            parts = (float(self._part(stage, batch, changed)) for batch in processes.share(self._batches(stage)))
-            return processes.total_of(sum(parts))
+            turns = processes.turns(self._batches(stage), sharded.is_sharded(stage.model))
+            return processes.total_of(sum(float(self._part(stage, batch, changed, own)) for batch, own in turns))
 
     def gradient(self, stage: Stage) -> Parameters:
         """Return (q_W, q_Θ): ∇q by name for every parameter of the stage's model, trained or not."""
         sums = P.sums_like(stage.parameters)
         with evaluation(stage.model):
-            for batch in processes.share(self._batches(stage)):
-                theta = {n: t.clone().requires_grad_(True) for n, t in stage.parameters.items()}
-                gradients = torch.autograd.grad(
-                    self._part(stage, batch, theta), list(theta.values()), materialize_grads=True
+            for batch, own in processes.turns(self._batches(stage), sharded.is_sharded(stage.model)):
+                gradients = sharded.gradients(
+                    stage.model, stage.parameters, partial(self._part, stage, batch, weight=own)
                 )
                 for total, gradient in zip(sums.values(), gradients):
                     total += gradient
@@ -90,19 +90,20 @@ class Query:
             for i in range(0, len(encoded), size)
         ]
 
-    def _part(self, stage: Stage, batch: Batch, changed: Parameters | None) -> Tensor:
+    def _part(self, stage: Stage, batch: Batch, changed: Parameters | None = None, weight: float = 1.0) -> Tensor:
+        """Return `weight` times the batch's part of q."""
         outputs = stage.outputs(batch, changed)
         if self.kind == "function":
             assert self.function is not None
-            return self.function(outputs, batch)
+            return self.function(outputs, batch) * weight
         if self.kind == "margin":
             if not isinstance(stage.task.loss, CrossEntropy) or len(outputs) != 1:
                 raise BadInput(f"a margin needs a classifier with one label an example; {stage.task.name} is none")
             own = outputs.gather(-1, batch.targets[:, None])
             others = outputs.scatter(-1, batch.targets[:, None], float("-inf"))
-            return (others.amax(-1) - own[:, 0]).sum()
+            return (others.amax(-1) - own[:, 0]).sum() * weight
         weights = batch.counts.clamp(min=1).to(outputs.dtype).reciprocal()[batch.example]
-        return (stage.task.losses(outputs, batch) * weights).sum() / len(self.examples)
+        return (stage.task.losses(outputs, batch) * weights).sum() * weight / len(self.examples)
 
 
 def _shown(example: Any) -> str:

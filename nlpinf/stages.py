@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nlpinf import parameters as P
-from nlpinf import processes
+from nlpinf import processes, sharded
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
 from nlpinf.tasks import Batch, Task
@@ -109,6 +109,7 @@ class Stage:
     precision: Precision | None = None
 
     def __post_init__(self) -> None:
+        sharded.check(self.model)
         names = dict(self.model.named_parameters())
         if not len(self.data):
             raise BadInput(f"stage {self.name!r} has no examples")
@@ -132,7 +133,7 @@ class Stage:
             raise BadInput(f"stage {self.name!r}: weight decay must not be negative")
         object.__setattr__(self, "weight_decay", decay)
         for name, tensor in self.parameters.items():
-            if not bool(torch.isfinite(tensor).all()):
+            if not P.finite({name: tensor}):
                 raise BadInput(
                     f"stage {self.name!r}: parameter {name!r} has NaN or infinite entries; use a checkpoint from before"
                 )
@@ -211,7 +212,11 @@ class Stage:
 
     def outputs(self, batch: Batch, changed: Parameters | None = None) -> Tensor:
         """Return the task's outputs (I, classes) at θ, with the tensors in `changed` in the place of θ's; call it within `evaluation`."""
-        model: Any = _Functional(self.model, {**self.parameters, **(changed or {})})
+        model: Any = self.model
+        if not sharded.is_sharded(model):
+            model = _Functional(self.model, {**self.parameters, **(changed or {})})
+        elif changed:
+            raise BadInput(f"stage {self.name!r}: its model is sharded among processes, which cannot be done with it")
         if self.precision is None:
             return self.task.outputs(model, batch)
         # Without autocast's cache: it holds what it cast by the tensor, and a dual tensor's tangent would be lost.
@@ -235,6 +240,9 @@ class Stage:
         decay = sum(value * float(theta[n].double().square().sum()) for n, value in self.decay.items())
         return total / count + 0.5 * decay
 
+    def _sum(self, batch: Batch, weight: float, changed: Parameters | None = None) -> Tensor:
+        return self.example_losses(batch, changed).sum() * weight
+
     @property
     def decay(self) -> dict[str, float]:
         """Weight decay of every trained parameter by name."""
@@ -252,13 +260,11 @@ class Stage:
         template = P.select(self.parameters, names)
         sums, count = P.sums_like(template), 0
         with evaluation(self.model):
-            for batch in processes.share(self.batches(indices)):
-                theta = {n: self.parameters[n].clone().requires_grad_(True) for n in names}
-                loss = self.example_losses(batch, theta).sum()
-                gradients = torch.autograd.grad(loss, list(theta.values()), materialize_grads=True)
+            for batch, own in processes.turns(self.batches(indices), sharded.is_sharded(self.model)):
+                gradients = sharded.gradients(self.model, template, partial(self._sum, batch, own))
                 for name, gradient in zip(names, gradients):
                     sums[name] += gradient
-                count += len(batch)
+                count += len(batch) * own
         total = P.mean_like(processes.total(sums), processes.total_of(count), template)
         if decay:
             total = {n: t + self.decay.get(n, 0.0) * self.parameters[n] for n, t in total.items()}
@@ -397,8 +403,8 @@ def _link(parent: Stage, stage: Stage, transfer: Transfer, names: Mapping[str, s
     for mine in link.kept:
         if not torch.equal(ours[mine], theirs[received[mine]]):
             raise BadInput(f"{where}: {mine!r} was not trained, yet its values differ from its parent's")
-    storages = {theirs[other].data_ptr() for other in received.values()}
-    if any(ours[mine].data_ptr() in storages for mine in link.moved):
+    storages = {P.place(theirs[other]) for other in received.values()} - {0}  # of an empty piece
+    if any(P.place(ours[mine]) in storages for mine in link.moved):
         raise BadInput(
             f"stages {parent.name!r} and {stage.name!r} hold the same tensors; give each stage a model of its own (copy.deepcopy)"
         )
@@ -409,7 +415,7 @@ def fingerprint(parameters: Parameters) -> str:
     """Return the sha256 of the parameters' names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name in sorted(parameters):
-        tensor = parameters[name].contiguous().cpu()
+        tensor = P.whole({name: parameters[name]})[name].contiguous().cpu()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -25,7 +25,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from nlpinf import parameters as P
-from nlpinf import processes
+from nlpinf import processes, sharded
 from nlpinf.curvature.operators import Operator, Shifted
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
@@ -44,6 +44,10 @@ def _dual_outputs(stage: Stage, batch: Batch, theta: Parameters, tangent: Parame
 
 def output_tangents(stage: Stage, batch: Batch, tangent: Parameters) -> tuple[Tensor, Tensor]:
     """Return the outputs o and J v, each (I, classes), by one forward-mode pass; zeros where v does not reach them."""
+    if sharded.is_sharded(stage.model):
+        with torch.no_grad(), forward_ad.dual_level(), sharded.moving(stage.model, tangent):
+            outputs, moved = forward_ad.unpack_dual(stage.outputs(batch))
+        return outputs, torch.zeros_like(outputs) if moved is None else moved
     theta = P.select(stage.parameters, tangent)
     with torch.no_grad(), forward_ad.dual_level():
         outputs, moved = forward_ad.unpack_dual(_dual_outputs(stage, batch, theta, tangent))
@@ -55,6 +59,11 @@ def hessian_product(stage: Stage, batch: Batch, tangent: Parameters, names: Sequ
 
     Forward mode over reverse mode; from the first `NotImplementedError` on, reverse over reverse for that model.
     """
+    if sharded.is_sharded(stage.model):
+        raise BadInput(
+            f"stage {stage.name!r}: its model is sharded among processes, and FSDP has no second derivatives; take the "
+            "curvature 'ggn' or 'fisher', and a transfer by proximity"
+        )
     if stage.model not in _reverse_only:
         try:
             return _forward_over_reverse(stage, batch, tangent, names)
@@ -102,23 +111,35 @@ def _reverse_over_reverse(stage: Stage, batch: Batch, tangent: Parameters, names
 
 
 def gauss_newton_product(
-    stage: Stage, batch: Batch, tangent: Parameters, names: Sequence[str], sampled: int | None
+    stage: Stage, batch: Batch, tangent: Parameters, names: Sequence[str], sampled: int | None, weight: float = 1.0
 ) -> list[Tensor]:
-    """Return Σ over the batch of w Jᵀ B J v with B = ∂²ℓ/∂o², or ĝ ĝᵀ with targets drawn by the seed `sampled`."""
+    """Return Σ over the batch of w Jᵀ B J v with B = ∂²ℓ/∂o², or ĝ ĝᵀ with targets drawn by the seed `sampled`.
+
+    Of a sharded model the sum is over the processes' batches, each times its `weight`.
+    """
+    if sharded.is_sharded(stage.model):  # two passes, so that no gathered part of v lives on in a graph
+        outputs, moved = output_tangents(stage, batch, tangent)
+        inner = _inner(stage, batch, outputs, moved, sampled) * weight
+        return sharded.pulled_back(stage.model, names, lambda: (stage.outputs(batch), inner))
     theta = {n: stage.parameters[n].clone().requires_grad_(True) for n in {**dict.fromkeys(names), **tangent}}
     with forward_ad.dual_level():  # one pass gives o with its graph and J v beside it
         outputs, moved = forward_ad.unpack_dual(_dual_outputs(stage, batch, theta, tangent))
         moved = torch.zeros_like(outputs) if moved is None else moved.detach()
-    with torch.no_grad():
-        if sampled is None:
-            inner = stage.task.loss.hessian_product(outputs.detach(), batch.targets, moved)
-        else:
-            width = outputs.shape[-1] if batch.targets.is_floating_point() else 1
-            drawn = stage.task.loss.sampled_gradient(outputs.detach(), batch.uniform(sampled, width))
-            inner = drawn * (drawn * moved).sum(-1, keepdim=True)
-        inner = inner * stage.item_weights(batch)[:, None]
+    inner = _inner(stage, batch, outputs.detach(), moved, sampled)
     gradients = torch.autograd.grad(outputs, [theta[n] for n in names], inner, allow_unused=True)
     return [torch.zeros_like(theta[n]) if g is None else g for n, g in zip(names, gradients)]
+
+
+@torch.no_grad()
+def _inner(stage: Stage, batch: Batch, outputs: Tensor, moved: Tensor, sampled: int | None) -> Tensor:
+    """Return w B J v of every item, (I, classes)."""
+    if sampled is None:
+        inner = stage.task.loss.hessian_product(outputs, batch.targets, moved)
+    else:
+        width = outputs.shape[-1] if batch.targets.is_floating_point() else 1
+        drawn = stage.task.loss.sampled_gradient(outputs, batch.uniform(sampled, width))
+        inner = drawn * (drawn * moved).sum(-1, keepdim=True)
+    return inner * stage.item_weights(batch)[:, None]
 
 
 class Curvature(Operator):
@@ -136,7 +157,9 @@ class Curvature(Operator):
         self.indices = list(range(stage.size) if indices is None else indices)
         self.rows: float = len(self.indices)
         batches = list(stage.batches(self.indices))
-        self.batches, self._turns = list(processes.share(batches)), -(-len(batches) // processes.count())
+        # Of a sharded model every process makes each turn, without a batch of its own with another's, which counts nothing.
+        self.batches = list(processes.turns(batches, sharded.is_sharded(stage.model)))
+        self._turns = -(-len(batches) // processes.count())
 
     def parts(self) -> list[Operator]:
         """Return an operator for every batch (of each process, in a group); their mean is this one."""
@@ -156,12 +179,12 @@ class Curvature(Operator):
         names = list(self.template)
         total = P.sums_like(self.template)
         with evaluation(self.stage.model):
-            for batch in self.batches:
+            for batch, own in self.batches:
                 if self.kind == "hessian":
                     parts = hessian_product(self.stage, batch, vector, names)
                 else:
                     sampled = self.seed if self.kind == "fisher" else None
-                    parts = gauss_newton_product(self.stage, batch, vector, names, sampled)
+                    parts = gauss_newton_product(self.stage, batch, vector, names, sampled, float(own))
                 for name, part in zip(names, parts):
                     total[name] += part
         return P.mean_like(processes.total(total), self.rows, self.template)

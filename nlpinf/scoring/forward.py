@@ -9,6 +9,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from nlpinf import parameters as P
+from nlpinf import sharded
 from nlpinf.curvature.products import output_tangents
 from nlpinf.parameters import Parameters
 from nlpinf.scoring.head import Head, linear_head
@@ -38,7 +39,8 @@ class ForwardScorer:
 
     def __call__(self, batch: Batch) -> BatchScores:
         if not self._looked:
-            self._head, self._looked = linear_head(self.stage, batch), True
+            whole = not sharded.is_sharded(self.stage.model)
+            self._head, self._looked = linear_head(self.stage, batch) if whole else None, True
         weights = self.stage.item_weights(batch).double()
         items = []
         with evaluation(self.stage.model), torch.no_grad():

@@ -112,7 +112,7 @@ class CG(Iterative):
     ) -> list[Solution]:
         """Return the solution for every right-hand side, by block CG where there are several."""
         block = min(self.block, _BLOCK_ENTRIES // max(1, P.size(rights[0]))) if rights else 0
-        if len(rights) < 2 or block < 2:
+        if len(rights) < 2 or block < 2 or P.in_pieces(rights[0]):
             return super().many(operator, rights, second, progress, starts, checkpoint)
         limits = (self.preconditioner, self.tolerance, self.max_iterations)
 

@@ -11,16 +11,19 @@ import pytest
 import torch
 
 from nlpinf import parameters as P
+from tests.processes import sharded
 from tests.processes.chain import chain
 from tests.processes.worker import SOLVED, results
 
 ROOT = Path(__file__).parents[2]
 
 
-def launched(processes: int, dtype: str, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def launched(
+    processes: int, dtype: str, out: Path, *more: str, module: str = "tests.processes.worker"
+) -> subprocess.CompletedProcess[str]:
     """Run the worker under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["-m", "tests.processes.worker", dtype, str(out), *more]
+    command += ["-m", module, *([dtype] if dtype else []), str(out), *more]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
 
 
@@ -37,6 +40,18 @@ def test_a_group_gives_what_one_process_gives(processes: int, dtype: str, tolera
         assert error <= (10 * SOLVED[dtype] if name.startswith("v") else tolerance), name
         for other in ranks[1:]:  # replicated decisions rest on this
             assert all(torch.equal(found[n], other[name][n]) for n in found), name
+
+
+def test_sharded_models_give_what_whole_ones_give(tmp_path: Path) -> None:
+    """FSDP2 as accelerate applies it: gradients, products, query vectors and scores, with five batches for two processes."""
+    ended = launched(2, "", tmp_path / "found", module="tests.processes.sharded")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    alone = sharded.results(chain(torch.float64, "gpt2 eager"))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"found.{rank}", weights_only=True)
+        for name, expected in alone.items():
+            error = P.norm(P.axpy(-1.0, found[name], expected)) / P.norm(expected)
+            assert error <= (1e-10 if name.startswith(("v", "scores")) else 1e-13), name
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
