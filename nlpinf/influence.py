@@ -272,6 +272,8 @@ def _rows(chain: Chain, sample: Any, repeats: int) -> list[int | None]:
     first = chain.stages[0].size
     if not isinstance(sample, int) or sample * repeats > first:
         return _each(sample, len(chain.links))
+    if repeats == 1:
+        return [min(sample, stage.size) for stage in chain.stages]
     return [sample if sample * repeats <= stage.size else None for stage in chain.stages]
 
 
