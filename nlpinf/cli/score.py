@@ -54,7 +54,7 @@ def score(
         help="Query vectors of low rank, whose scores err by this share of their spread at most, such as 0.05.",
     ),
     precision: console.PrecisionName | None = typer.Option(
-        None, help="Make the network's products in low precision; losses and sums stay as they are."
+        None, help="bfloat16: the network's products in low precision; losses and sums stay as they are."
     ),
     compiled: bool = typer.Option(
         False, "--compile", help="Compile the scoring: half a minute to begin with, then faster. Needs a C++ compiler."

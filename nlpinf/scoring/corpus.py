@@ -69,7 +69,7 @@ def score(
     `compress`      make do with query vectors of low rank, whose scores err by at most this many of the scores' standard
                     deviations in the root mean square, measured on rows of the corpus, and rank them as the exact ones
                     do to a correlation of at least 0.99; 0.05 is a good value. The manifest has what was measured
-    `precision`     "bfloat16" or "float16": the network's products in that precision, losses and sums as ever; where the
+    `precision`     "bfloat16": the network's products in that precision, losses and sums as ever; where the
                     processor has units for it, scores of the same ranking in less than half of the time
     `compiled`      run reverse mode through `torch.compile`: half a minute to begin with, then about three quarters of the
                     time. What cannot be compiled is scored without, and the manifest says why
@@ -84,6 +84,10 @@ def score(
     """
     if part_rows < 1:
         raise BadInput(f"a part of {part_rows} rows was asked for; give a number of at least 1")
+    if precision == "float16":
+        raise BadInput("in float16 small gradients of the outputs are lost; score in bfloat16")
+    if precision is not None and compress is not None:
+        raise BadInput("compressed vectors are chosen and measured in full precision; leave out one of the two")
     if shard is not None and out is None:
         raise BadInput("a shard is done into a folder; give one (out=...)")
     feed = feed_of(vectors.stage.data if corpus is None else corpus, empty)

@@ -104,9 +104,7 @@ class ReverseScorer:
 
     def _probe(self, batch: Batch) -> None:
         """Take out of `covered` what disagrees with autograd on `batch`."""
-        stage = self.stage.at(
-            None
-        )  # what the rules cover does not hang on the precision, and low precision would blur it
+        stage = self.stage.at(None)  # coverage does not hang on the precision, and low precision would blur it
         truth, sizes, directions = _by_autograd(stage, list(self.stacked), batch)
         _, shares = self.shares(batch, directions, stage)
         tolerance = _TOLERANCE.get(stage.dtype, 5e-2)

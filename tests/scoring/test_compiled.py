@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from nlpinf.errors import BadInput
 from nlpinf.scoring import score
 from nlpinf.scoring.compiled import CannotCompile, CompiledScorer
 from nlpinf.scoring.forward import ForwardScorer
@@ -54,6 +55,14 @@ def test_low_precision_forward_mode_keeps_the_output_layer_and_the_sums_in_float
     exact, low = ForwardScorer(stage, vectors)(batch), ForwardScorer(stage.at("bfloat16"), vectors)(batch)
     assert low.scores.dtype == torch.float64
     assert 1e-6 < apart(low.scores, exact.scores) < 0.05
+
+
+def test_what_low_precision_cannot_do_is_refused() -> None:
+    vectors = query_vectors(pretrain_stage("gpt2 sdpa", torch.float32))
+    with pytest.raises(BadInput, match="score in bfloat16"):
+        score(vectors, sentences(2), precision="float16")
+    with pytest.raises(BadInput, match="leave out one of the two"):
+        score(vectors, sentences(2), precision="bfloat16", compress=0.05)
 
 
 class _Odd(nn.Module):
