@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from nlpinf.adapters import elmo
+from nlpinf.adapters.elmo import packed
 from nlpinf.adapters.elmo.network import ProjectedLSTM
 from nlpinf.errors import NlpinfError
 
@@ -304,12 +305,31 @@ def test_long_sentences_and_words() -> None:
 PLAIN = elmo.ElmoConfig(character_dim=3, filters=((1, 4),), lstm_dim=4, projection_dim=4)
 
 
+class Unpacked:
+    """What packed weights compute, in any precision."""
+
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        self._weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x @ self._weight.T
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        return x @ self._weight.T + other
+
+
+@pytest.mark.parametrize("loop", ["in place", "packed"])
 @pytest.mark.parametrize("config", [TINY, PLAIN])
 @pytest.mark.parametrize("part", ["", "weight_hh", "weight_hr", "weight_ih", "bias", "embedding", "head"])
-def test_steps_without_gradients(part: str, config: elmo.ElmoConfig) -> None:
+def test_steps_without_gradients(
+    part: str, config: elmo.ElmoConfig, loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In place and by hand: the values and tangents of the differentiable loop, whichever parameters move."""
     from torch.autograd import forward_ad
 
+    if loop == "packed":
+        monkeypatch.setattr(packed, "applies", lambda x, dtype: True)
+        monkeypatch.setattr(packed, "_Packed", Unpacked)
     model, arguments = language_model(config), batch()
     parameters, direction = parameters_and_direction(model)
     direction = {name: v if part in name else torch.zeros_like(v) for name, v in direction.items()}
@@ -322,3 +342,36 @@ def test_steps_without_gradients(part: str, config: elmo.ElmoConfig) -> None:
         assert not tangent.any()
     else:
         torch.testing.assert_close(got.tangent, tangent, rtol=1e-11, atol=1e-12)
+
+
+class Layer(ProjectedLSTM):
+    def forward(self, x: Tensor, sizes: list[int]) -> Tensor:  # type: ignore[override]
+        return super().forward(self.gates(x), sizes, None, False)[0]
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_steps_in_bfloat16(autocast: bool) -> None:
+    """Packed weights, of sizes that fill no tile: values and tangents of float64, as far as bfloat16 carries."""
+    from torch.autograd import forward_ad
+
+    if not packed.applies(torch.zeros(1), torch.bfloat16):
+        pytest.skip("this processor has no products of bfloat16, or this PyTorch cannot pack weights for them")
+    torch.manual_seed(0)
+    layer, sizes = Layer(20, 36, 12, None, None), [9, 9, 6, 2, 1]
+    x = torch.randn(2, sum(sizes), 20)
+    direction = {name: torch.randn_like(p) for name, p in layer.named_parameters()}
+
+    def at(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        layer.to(dtype)
+        with (
+            torch.no_grad(),
+            forward_ad.dual_level(),
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype.itemsize == 4),
+        ):
+            duals = {n: forward_ad.make_dual(p.detach(), direction[n].to(dtype)) for n, p in layer.named_parameters()}
+            out = forward_ad.unpack_dual(functional_call(layer, duals, (x.to(dtype), sizes)))
+        return out.primal.double(), out.tangent.double()
+
+    exact, low = at(torch.float64), at(torch.float32 if autocast else torch.bfloat16)
+    for truth, got in zip(exact, low):
+        assert 1e-4 < (got - truth).norm() / truth.norm() < 2e-2

@@ -2,8 +2,8 @@
 
 The same formulas as `ProjectedLSTM`, whose own loop is made of operations with derivatives of every kind and order. Here
 memory is written over, which only values and forward-mode tangents allow: gate inputs are made for a few steps at a time in
-memory that stays in the processor's cache, products add themselves to what is there, and the tangents of σ and tanh come
-from their values. With h' for dh/dt, (h W)' = h' W + h W'.
+memory that stays in the processor's cache, and products add themselves to what is there. With h' for dh/dt,
+(h W)' = h' W + h W'.
 
 Under autocast on a CPU the gates and products are of its dtype, cell states and what is returned as they were.
 """
@@ -14,9 +14,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from nlpinf.adapters.elmo import cell, packed
+
 ROWS = 512  # tokens whose gate inputs are made at a time, in each direction
-_sigmoid_tangent = torch.ops.aten.sigmoid_backward.default  # (tangent of x, σ(x)) to that of σ(x)
-_tanh_tangent = torch.ops.aten.tanh_backward.default
 
 
 def applies() -> bool:
@@ -43,25 +43,41 @@ class Gates:
         self._w, self._dw = _pair(weight, self.low)
         self.moving = any(t is not None for t in (self._db, self._dx, self._dw))
         self.width, self._which = self._w.shape[1], which
+        self._table: tuple[Tensor, Tensor | None] | None = None
         if which is not None:
-            words = len(self._x)
             self._x = self._x.expand(2, *self._x.shape)
             self._dx = None if self._dx is None else self._dx.expand(2, *self._dx.shape)
-            self._table = self._x.new_empty(2, words, self.width)
-            self._change = torch.empty_like(self._table) if self.moving else None
-            self._make(self._table, self._change, slice(None))
+
+    def packs(self) -> bool:
+        """Whether the loop is that of `packed`, which makes a step's gates in one product."""
+        return packed.applies(self._x, self.low)
+
+    def inputs(self, way: int) -> packed.Pair:
+        """The tokens' inputs (N, k) of a direction."""
+        if self._which is None:
+            return self._x[way], None if self._dx is None else self._dx[way]
+        ids = self._which[way]
+        return self._x[way][ids], None if self._dx is None else self._dx[way][ids]
+
+    def weights(self, way: int) -> list[packed.Pair]:
+        """W_ih (m, k) and b (m, 1) of a direction."""
+        bias = self._b[way, :, None], None if self._db is None else self._db[way, :, None]
+        return [(self._w[way], None if self._dw is None else self._dw[way]), bias]
 
     def fill(self, values: Tensor, changes: Tensor | None, rows: slice) -> None:
         """Write the gate inputs of these tokens to `values` (2, n, m) and their tangents to `changes`."""
         if self._which is None:
             return self._make(values, changes, rows)
+        if self._table is None:  # of the distinct words
+            table = self._x.new_empty(2, self._x.shape[1], self.width)
+            self._table = table, torch.empty_like(table) if self.moving else None
+            self._make(*self._table, slice(None))
+        table, change = self._table
         for way in range(2):
             ids = self._which[way, rows]
-            torch.index_select(self._table[way], 0, ids, out=values[way])
+            torch.index_select(table[way], 0, ids, out=values[way])
             if changes is not None:
-                changes[way].zero_() if self._change is None else torch.index_select(
-                    self._change[way], 0, ids, out=changes[way]
-                )
+                changes[way].zero_() if change is None else torch.index_select(change[way], 0, ids, out=changes[way])
 
     def _make(self, values: Tensor, changes: Tensor | None, rows: slice) -> None:
         values.copy_(self._b[:, None].expand_as(values)).baddbmm_(self._x[:, rows], self._w.mT)
@@ -87,7 +103,34 @@ def advance(
     Parameters and gates may be dual tensors; then so is the result.
     """
     with torch.autocast("cpu", enabled=False):
+        if gates.packs():
+            return _advance_packed(gates, sizes, weight_hh, weight_hr, (cell_clip, projection_clip))
         return _advance(gates, sizes, weight_hh, weight_hr, cell_clip, projection_clip)
+
+
+def _advance_packed(
+    gates: Gates,
+    sizes: list[int],
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    clips: tuple[float | None, float | None],
+) -> Tensor:
+    w = _pair(weight_hh, gates.low)
+    r = None if weight_hr is None else _pair(weight_hr, gates.low)
+    ways = []
+    for way in range(2):
+        input_weight, bias = gates.weights(way)
+        weights = [input_weight, _of(w, way), bias]
+        project = None if r is None else _of(r, way)
+        ways.append(packed.advance(gates.inputs(way), weights, project, sizes, clips, gates.dtype))
+    out = torch.stack([value for value, _ in ways]).to(gates.dtype)
+    if ways[0][1] is None and ways[1][1] is None:
+        return out
+    return forward_ad.make_dual(out, torch.stack([t for _, t in ways if t is not None]).to(gates.dtype))
+
+
+def _of(pair: packed.Pair, way: int) -> packed.Pair:
+    return pair[0][way], None if pair[1] is None else pair[1][way]
 
 
 def _advance(
@@ -127,26 +170,19 @@ def _advance(
                     dg[way, here].addmm_(dout[way, last], w[way].T)
                     if dw is not None:
                         dg[way, here].addmm_(out[way, last], dw[way].T)
-        i, j, f, o = g[:, here].split(hidden, -1)
-        torch.sigmoid_(i), torch.tanh_(j), torch.sigmoid_(g[:, here, 2 * hidden :])
-        value, tangent = c[:, :n], None if dc is None else dc[:, :n]
-        if dg is not None and tangent is not None:
-            di, dj, df, do = dg[:, here].split(hidden, -1)
-            _add_product(tangent.mul_(f), _sigmoid_tangent(df, f), value)
-            _add_product(_add_product(tangent, _sigmoid_tangent(di, i), j), i, _tanh_tangent(dj, j))
-        _add_product(value.mul_(f), i, j)
-        _clip(value, tangent, cell_clip)
-        squashed = torch.tanh(value)
-        y = (o * squashed).to(low)
-        if dout is not None and tangent is not None and dg is not None:
-            dy = _add_product(_sigmoid_tangent(do, o) * squashed, o, _tanh_tangent(tangent, squashed)).to(low)
+        y, dy = cell.advance(
+            g[:, here], None if dg is None else dg[:, here], c[:, :n], None if dc is None else dc[:, :n], cell_clip
+        )
+        y = y.to(low)
+        if dout is not None and dy is not None:
+            dy = dy.to(low)
             dout[:, step] = dy if r is None else torch.bmm(dy, r.mT)
             if dr is not None:
                 for way in range(2):
                     dout[way, step].addmm_(y[way], dr[way].T)
         out[:, step] = y if r is None else torch.bmm(y, r.mT)
         if r is not None:
-            _clip(out[:, step], None if dout is None else dout[:, step], projection_clip)
+            cell.clip(out[:, step], None if dout is None else dout[:, step], projection_clip)
         start, before = start + n, start
     out, dout = out.to(gates.dtype), None if dout is None else dout.to(gates.dtype)
     return out if dout is None else forward_ad.make_dual(out, dout)
@@ -162,18 +198,6 @@ def _count(sizes: list[int]) -> int:
     return total
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return total.addcmul_(a, b) if a.dtype == b.dtype == total.dtype else total.add_(a * b)
-
-
 def _pair(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     value, tangent = forward_ad.unpack_dual(tensor)
     return value.to(dtype), None if tangent is None else tangent.to(dtype)
-
-
-def _clip(value: Tensor, tangent: Tensor | None, limit: float | None) -> None:
-    if limit is None:
-        return
-    if tangent is not None:
-        tangent.masked_fill_(value.abs() > limit, 0.0)
-    value.clamp_(-limit, limit)
