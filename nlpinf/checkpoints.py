@@ -89,9 +89,11 @@ class Checkpoints:
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
+            there = None
+        if not processes.all_of(there is not None):
             raise BadInput(
                 f"{path}: cannot be read; all processes must see this folder; start the solves afresh (--restart)"
-            ) from None
+            )
         if differs := difference(there, identity):
             raise BadInput(
                 f"{folder}: holds a solve that was interrupted, of another {differs}; "
@@ -161,7 +163,7 @@ class SolveCheckpoint:
 
     def _read(self, kind: str) -> dict[str, Any] | None:
         path = self._path(kind)
-        there = path.exists()
+        there, found = path.exists(), None
         if processes.total_of(float(there)) not in (0.0, float(processes.count())):
             raise BadInput(
                 f"{path}: some processes see this file and some do not; give a folder that all of them share"
@@ -170,10 +172,14 @@ class SolveCheckpoint:
             return None
         try:
             with safe_open(path, "pt") as file:
-                found: dict[str, Any] = _unpacked(json.loads(file.metadata()["fields"]), file, self._device)
-                return found
+                found = _unpacked(json.loads(file.metadata()["fields"]), file, self._device)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-            raise BadInput(f"{path}: is damaged; delete it, or start the solves afresh (--restart)") from None
+            pass
+        # All have read it before the first may go on, and remove it.
+        if not processes.all_of(found is not None):
+            raise BadInput(f"{path}: is damaged; delete it, or start the solves afresh (--restart)")
+        assert isinstance(found, dict)
+        return found
 
 
 def _packed(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:

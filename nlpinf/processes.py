@@ -124,19 +124,24 @@ def total(sums: Parameters) -> Parameters:
 
 def total_of(value: float) -> float:
     """Return the sum of a number over all processes."""
-    if count() == 1:
-        return value
-    tensor = torch.tensor([value], dtype=torch.float64)
-    if dist.get_backend() == "nccl":
-        tensor = tensor.cuda()
-    dist.all_reduce(tensor)
-    return float(tensor)
+    return value if count() == 1 else float(_summed(torch.tensor([value], dtype=torch.float64)))
+
+
+def all_of(holds: bool) -> bool:
+    """Return whether something holds on every process, so that all decide alike."""
+    return total_of(float(not holds)) == 0
 
 
 def _reduce(bucket: list[Tensor]) -> None:
     if not bucket:
         return
-    flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-    dist.all_reduce(flat)
+    flat = _summed(torch.cat([tensor.reshape(-1) for tensor in bucket]))
     for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
         tensor.copy_(part.view_as(tensor))
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    """Return the sum over all processes of a tensor that may be overwritten; NCCL sums what lies on a GPU only."""
+    there = tensor.cuda() if dist.get_backend() == "nccl" else tensor
+    dist.all_reduce(there)
+    return there

@@ -9,7 +9,8 @@ For a parameter seen as k matrices (r, c), with G_b the gradients of single exam
 so that Λ is the exact diagonal, in that basis, of the examples' second moment. The two sides are those of the gradients
 themselves, which K-FAC builds from inputs and output gradients apart; where these are independent they have the same
 eigenvectors. A vector (a bias, a normalisation) has c = 1, so that its factor is its whole second moment. A side of more than
-`largest` entries, and the words of an embedding or of a language model's output layer, keep their basis: diagonal there. Sources: George et al., NeurIPS 2018; Grosse et al., 2023;
+`largest` entries, and the words of an embedding or of a language model's output layer, keep their basis: diagonal there. In a group
+of processes each takes its share of the batches, and of the eigenvectors. Sources: George et al., NeurIPS 2018; Grosse et al., 2023;
 Morwani et al., 2024, for factors of whole gradients.
 """
 
@@ -27,6 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nlpinf import parameters as P
+from nlpinf import processes
 from nlpinf.curvature.operators import Operator
 from nlpinf.curvature.perexample import Outer, PerExample, Rows, Use, Whole
 from nlpinf.errors import BadInput
@@ -81,6 +84,8 @@ class EKFAC(Operator):
 
         `largest`     entries of a side up to which its eigenvectors are taken; 0 gives the diagonal alone
         `basis_rows`  examples that the eigenvectors come from; the eigenvalues come from all
+
+        In a group of processes all must call it, and all get the same bits.
         """
         indices = list(range(stage.size) if indices is None else indices)
         if not indices:
@@ -88,23 +93,28 @@ class EKFAC(Operator):
         gradients = PerExample(stage, list(stage.theta), seed)
         shapes = {name: _shape(stage, name) for name in stage.theta}
         dtype = torch.promote_types(stage.dtype, torch.float32)
-        sides: dict[str, list[Tensor | None]] = {}
+        # In float64, so that the order of the sums, and with it the number of processes, turns no eigenvectors.
+        grams: Parameters = {}
         for name, (k, r, c, lone) in shapes.items():
-            wide = _dense_sides(r, c, lone, largest)
-            sides[name] = [None if n is None else torch.zeros(k, n, n, dtype=dtype, device=stage.device) for n in wide]
-        if any(side is not None for pair in sides.values() for side in pair):
+            for side, n in zip(("left", "right"), _dense_sides(r, c, lone, largest)):
+                if n is not None:
+                    grams[f"{name}.{side}"] = torch.zeros(k, n, n, dtype=torch.float64, device=stage.device)
+        if grams:
             step = max(1, len(indices) // basis_rows)
             for uses in gradients(indices[::step]):
                 for name, made in uses.items():
-                    _add_grams(made, shapes[name][:3], sides[name])
+                    pair = grams.get(f"{name}.left"), grams.get(f"{name}.right")
+                    _add_grams([_cast(u, dtype) for u in made], shapes[name][:3], *pair)
+        bases = _eigenvectors(processes.total(grams), dtype)
         factors = {}
-        for name, pair in sides.items():
-            left, right = (None if s is None else torch.linalg.eigh(s.double())[1].to(dtype) for s in pair)
-            factors[name] = Factor(torch.zeros(shapes[name][:3], dtype=dtype, device=stage.device), left, right)
+        for name, (*shape, _) in shapes.items():
+            zeros = torch.zeros(shape, dtype=dtype, device=stage.device)
+            factors[name] = Factor(zeros, bases.get(f"{name}.left"), bases.get(f"{name}.right"))
         for uses in gradients(indices):
             for name, made in uses.items():
                 _add_squares([_cast(u, dtype) for u in made], factors[name])
-        factors = {n: replace(f, eigenvalues=f.eigenvalues / len(indices)) for n, f in factors.items()}
+        sums = _finite(processes.total({n: f.eigenvalues for n, f in factors.items()}))
+        factors = {n: replace(f, eigenvalues=sums[n] / len(indices)) for n, f in factors.items()}
         rows = hashlib.sha256(json.dumps([int(stage.rows[i]) for i in indices]).encode()).hexdigest()
         record = {"rows": len(indices), "rows_sha256": rows, "seed": seed, "largest": largest, "basis_rows": basis_rows}
         return cls(stage.theta, factors, record)
@@ -217,13 +227,30 @@ def _cast(use: Use, dtype: torch.dtype) -> Use:
     return Outer(use.left.to(dtype), use.right.to(dtype))
 
 
-def _add_grams(uses: list[Use], shape: tuple[int, int, int], sides: list[Tensor | None]) -> None:
+def _eigenvectors(grams: Parameters, dtype: torch.dtype) -> Parameters:
+    """Return the eigenvectors of every Gram matrix, which is let go of; each process makes its share of them.
+
+    So they are the same on all, where other processors would turn those of close eigenvalues another way.
+    """
+    _finite(grams)
+    own = set(processes.share(sorted(grams, key=lambda name: grams[name].numel())))
+    found = {}
+    for name in list(grams):
+        gram = grams.pop(name)
+        found[name] = torch.linalg.eigh(gram)[1].to(dtype) if name in own else torch.zeros_like(gram, dtype=dtype)
+    return processes.total(found)
+
+
+def _finite(sums: Parameters) -> Parameters:
+    if not P.finite(sums):
+        raise BadInput("a gradient is not finite; run `nlpinf check` on the model")
+    return sums
+
+
+def _add_grams(uses: list[Use], shape: tuple[int, int, int], left: Tensor | None, right: Tensor | None) -> None:
     """Add Σ_b G_b G_bᵀ and Σ_b G_bᵀ G_b to the sides that are kept."""
-    left, right = sides
-    dtype = next((s.dtype for s in sides if s is not None), None)
-    if dtype is None:
+    if left is None and right is None:
         return
-    uses = [_cast(u, dtype) for u in uses]
     if any(isinstance(u, Whole) for u in uses):
         g = sum(u.values.view(-1, *shape) for u in uses if isinstance(u, Whole))
         assert isinstance(g, Tensor)

@@ -25,6 +25,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 from transformers.pytorch_utils import Conv1D
 
+from nlpinf import processes
 from nlpinf.parameters import Parameters
 from nlpinf.stages import Stage, evaluation
 from nlpinf.tasks import Batch
@@ -98,12 +99,15 @@ class PerExample:
                 self._hooked = self._agreed(self._hooked, batch, alone=True)
 
     def __call__(self, indices: Sequence[int]) -> Iterator[Uses]:
-        """Yield the gradients of the examples at `indices`, a parameter's uses by name, one batch and column at a time."""
+        """Yield the gradients of the examples at `indices`, a parameter's uses by name, one batch and column at a time.
+
+        In a group of processes those of this one's share of the batches.
+        """
         if self.together:
-            for batch in self.stage.batches(indices):
+            for batch in processes.share(self.stage.batches(indices)):
                 yield from self._columns(batch, self.together, self.together, alone=False)
         if self.apart:
-            for i in indices:
+            for i in processes.share(indices):
                 for batch in self.stage.batches([i]):
                     yield from self._columns(batch, self.apart, self._hooked, alone=True)
 
