@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +22,8 @@ from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
 from nlpinf.scoring.forward import forward_scores
 from nlpinf.stages import Stage, evaluation
-from nlpinf.tasks import Batch
+from nlpinf.testbench import Bench, differences, error_of, first, gradients, joined, relative, reverse_scores
 
-POOL = 256  # rows to choose the examples from, so that a short and a long one are among them
-STEPS = (1e-5, 1e-4, 1e-3, 1e-2)  # of the finite differences; see _differences
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 
 
@@ -44,41 +41,6 @@ class Check:
     advice: str = ""
 
 
-@dataclass(frozen=True)
-class _Bench:
-    """What the checks work on: the stage on a copy of its model and on a float64 one, and its encoded examples."""
-
-    stage: Stage
-    exact: Stage
-    encoded: list[Any]
-    rows: list[int]
-    seed: int
-
-    def vector(self, stage: Stage) -> Parameters:
-        """A seeded random vector on the trained parameters, of length one in each: the v of all scores here."""
-        draw = P.random_like(self.exact.theta, self.seed)
-        return {n: (t / max(P.norm({n: t}), 1e-30)).to(stage.theta[n]) for n, t in draw.items()}
-
-    def batch(self, stage: Stage, chosen: Sequence[int]) -> Batch:
-        """The examples at `chosen` in one batch."""
-        return stage.on_device(stage.task.collate([self.encoded[i] for i in chosen], [self.rows[i] for i in chosen]))
-
-    @property
-    def lengths(self) -> list[int]:
-        return [self.stage.task.length(encoded) for encoded in self.encoded]
-
-    @property
-    def longest(self) -> int:
-        return self.lengths.index(max(self.lengths))
-
-    @property
-    def everything(self) -> range:
-        return range(len(self.encoded))
-
-
-Figures = dict[str, Tensor]  # losses and scores of the examples, float64
-
-
 def check(
     stage: Stage, *, examples: int = 8, seed: int = 0, progress: Callable[[Check], None] | None = None
 ) -> list[Check]:
@@ -91,9 +53,9 @@ def check(
     """
     if examples < 2:
         raise BadInput(f"examples is {examples}; the checks compare examples with each other and need at least 2")
-    bench = _bench(stage, examples, seed)
+    bench = Bench.of(stage, examples, seed)
     limit = ROUNDING.get(stage.dtype, 1e-4)
-    table: list[tuple[str, float, str, Callable[[_Bench], float]]] = [
+    table: list[tuple[str, float, str, Callable[[Bench], float]]] = [
         (
             "determinism",
             0.0 if stage.device.type == "cpu" else limit,
@@ -166,7 +128,7 @@ def check(
     return done
 
 
-def _run(bench: _Bench, name: str, limit: float, advice: str, measure: Callable[[_Bench], float]) -> Check:
+def _run(bench: Bench, name: str, limit: float, advice: str, measure: Callable[[Bench], float]) -> Check:
     try:
         with torch.random.fork_rng(devices=[bench.stage.device] if bench.stage.device.type == "cuda" else []):
             figure = measure(bench)
@@ -179,108 +141,50 @@ def _run(bench: _Bench, name: str, limit: float, advice: str, measure: Callable[
     return Check(name, passed, figure, limit, "" if passed else advice)
 
 
-def _bench(stage: Stage, examples: int, seed: int) -> _Bench:
-    """Choose rows by the seed, the shortest and the longest of a pool among them; copy the model twice."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = torch.randperm(stage.size, generator=generator) if stage.size <= POOL else None
-    if draw is None:  # a corpus may be too long to be put in random order
-        draw = torch.randint(stage.size, (POOL,), generator=generator)
-    order = list(dict.fromkeys(draw.tolist()))
-    pool = stage.task.encode([stage.data[i] for i in order])
-    lengths = [stage.task.length(encoded) for encoded in pool]
-    ends = [lengths.index(min(lengths)), lengths.index(max(lengths))]
-    chosen = list(dict.fromkeys([*ends, *range(len(pool))]))[:examples]
-    # "example" gives each example its own loss without a pass over the corpus for T; the checks are about ratios.
-    own = replace(stage, model=copy.deepcopy(stage.model), reduction="example")
-    exact = replace(own, model=copy.deepcopy(stage.model).double())
-    return _Bench(own, exact, [pool[i] for i in chosen], [int(stage.rows[order[i]]) for i in chosen], seed)
-
-
-def _figures(bench: _Bench, stage: Stage, batch: Batch) -> Figures:
-    """Return losses and scores of a batch."""
-    with evaluation(stage.model), torch.no_grad():
-        losses = stage.example_losses(batch).double()
-    v = bench.vector(stage)
-    try:
-        return {"losses": losses, "scores": forward_scores(stage, [v], batch).scores[:, 0]}
-    except NotImplementedError:  # an operation without forward mode: a finding of its own, see _forward_mode
-        return {"losses": losses, "scores": _reverse_scores(stage, v, batch)}
-
-
-def _reverse_scores(stage: Stage, v: Parameters, batch: Batch) -> Tensor:
-    """⟨v, g'(z)⟩ of each example from its own gradient, by plain autograd."""
-    with evaluation(stage.model):
-        theta = {n: t.clone().requires_grad_(True) for n, t in stage.theta.items()}
-        scores = []
-        for loss in stage.example_losses(batch, theta):
-            gradient = torch.autograd.grad(loss, list(theta.values()), retain_graph=True, materialize_grads=True)
-            scores.append(P.dot(dict(zip(theta, gradient)), v))
-    return torch.tensor(scores, dtype=torch.float64, device=stage.device)
-
-
-def _alone(bench: _Bench, stage: Stage) -> Figures:
-    """Each example in a batch of its own, without padding."""
-    return _joined([_figures(bench, stage, bench.batch(stage, [i])) for i in bench.everything])
-
-
-def _joined(parts: Sequence[Figures]) -> Figures:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _error(found: Figures, expected: Figures) -> float:
-    """Return the largest |difference| relative to the largest value, of losses or scores."""
-    return max(_relative(found[name], expected[name]) for name in expected)
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    difference = (found.double() - expected).abs().max()
-    return float(difference / expected.abs().max()) if difference != 0 else 0.0
-
-
-def _determinism(bench: _Bench) -> float:
+def _determinism(bench: Bench) -> float:
     batch = bench.batch(bench.stage, bench.everything)
-    return _error(_figures(bench, bench.stage, batch), _figures(bench, bench.stage, batch))
+    return error_of(bench.figures(bench.stage, batch), bench.figures(bench.stage, batch))
 
 
-def _padding(bench: _Bench) -> float:
+def _padding(bench: Bench) -> float:
     """Each example alone: padded to the longest one's length, against not padded."""
     stage, longest = bench.stage, bench.longest
     if len(set(bench.lengths)) == 1:
         return 0.0  # nothing is ever padded
-    padded = [_first(bench.batch(stage, [i, longest])) for i in bench.everything]
-    return _error(_joined([_figures(bench, stage, batch) for batch in padded]), _alone(bench, stage))
+    padded = [first(bench.batch(stage, [i, longest])) for i in bench.everything]
+    return error_of(joined([bench.figures(stage, batch) for batch in padded]), bench.alone(stage))
 
 
-def _batch_size(bench: _Bench) -> float:
+def _batch_size(bench: Bench) -> float:
     """All in one batch, against each alone at the same padded length, so that padding plays no part."""
     stage, longest = bench.stage, bench.longest
-    single = [_first(bench.batch(stage, [i, longest])) for i in bench.everything]
-    together = _figures(bench, stage, bench.batch(stage, bench.everything))
-    return _error(together, _joined([_figures(bench, stage, batch) for batch in single]))
+    single = [first(bench.batch(stage, [i, longest])) for i in bench.everything]
+    together = bench.figures(stage, bench.batch(stage, bench.everything))
+    return error_of(together, joined([bench.figures(stage, batch) for batch in single]))
 
 
-def _attention(bench: _Bench) -> float:
+def _attention(bench: Bench) -> float:
     """Losses by the kernel that PyTorch takes by itself, and losses and scores by eager attention, against ours."""
     stage = bench.stage
     batch = bench.batch(stage, bench.everything)
-    expected = _figures(bench, stage, batch)
+    expected = bench.figures(stage, batch)
     with torch.no_grad():
-        error = _relative(
+        error = relative(
             replace(stage, model=copy.deepcopy(stage.model).eval()).example_losses(batch), expected["losses"]
         )
     if hasattr(stage.model, "set_attn_implementation") and hasattr(stage.model, "config"):
         twin = copy.deepcopy(stage.model)
         twin.set_attn_implementation("eager")  # type: ignore[operator]
-        error = max(error, _error(_figures(bench, replace(stage, model=twin), batch), expected))
+        error = max(error, error_of(bench.figures(replace(stage, model=twin), batch), expected))
     return error
 
 
-def _gradient(bench: _Bench) -> float:
+def _gradient(bench: Bench) -> float:
     """⟨∇G, u⟩ against central differences of G along two seeded directions u, in float64."""
     stage = bench.exact
     batch = bench.batch(stage, bench.everything)
     with evaluation(stage.model):
-        gradient = _gradients(stage, batch, stage.theta)
+        gradient = gradients(stage, batch, stage.theta)
         # What ⟨∇G, u⟩ comes to for a random u with entries of this size: the yardstick for its error.
         scale = math.sqrt(sum(P.dot({n: g}, {n: g}) / g.numel() for n, g in gradient.items()))
         errors = []
@@ -296,11 +200,11 @@ def _gradient(bench: _Bench) -> float:
             def error(difference: Tensor, slope: float = slope) -> float:
                 return abs(float(difference) - slope) / (scale or 1.0)
 
-            errors.append(_differences(error, along))
+            errors.append(differences(error, along))
     return max(errors)
 
 
-def _hessian(bench: _Bench) -> float:
+def _hessian(bench: Bench) -> float:
     """Hu against central differences of the gradient along a seeded direction u, in float64."""
     stage = bench.exact
     batch = bench.batch(stage, bench.everything)
@@ -311,32 +215,32 @@ def _hessian(bench: _Bench) -> float:
         exact = torch.cat([part.flatten() for part in product])
 
         def along(step: float) -> Tensor:
-            gradient = _gradients(stage, batch, P.axpy(step, u, stage.theta))
+            gradient = gradients(stage, batch, P.axpy(step, u, stage.theta))
             return torch.cat([gradient[n].flatten() for n in names])
 
-        return _differences(lambda d: float((d - exact).norm() / (d.norm() or 1.0)), along)
+        return differences(lambda d: float((d - exact).norm() / (d.norm() or 1.0)), along)
 
 
-def _forward_mode(bench: _Bench) -> float:
+def _forward_mode(bench: Bench) -> float:
     """Scores by forward mode against each example's gradient by reverse mode, in float64."""
     stage = bench.exact
     v = bench.vector(stage)
     batch = bench.batch(stage, bench.everything)
-    return _relative(forward_scores(stage, [v], batch).scores[:, 0], _reverse_scores(stage, v, batch))
+    return relative(forward_scores(stage, [v], batch).scores[:, 0], reverse_scores(stage, v, batch))
 
 
-def _rounding(bench: _Bench) -> float:
+def _rounding(bench: Bench) -> float:
     """Losses and scores in the model's own dtype against its float64 copy."""
-    own = _figures(bench, bench.stage, bench.batch(bench.stage, bench.everything))
-    return _error(own, _figures(bench, bench.exact, bench.batch(bench.exact, bench.everything)))
+    own = bench.figures(bench.stage, bench.batch(bench.stage, bench.everything))
+    return error_of(own, bench.figures(bench.exact, bench.batch(bench.exact, bench.everything)))
 
 
-def _restored(bench: _Bench) -> float:
+def _restored(bench: Bench) -> float:
     """The share of the model's tensors and module modes that losses and scores leave changed, from training mode."""
     model = copy.deepcopy(bench.stage.model).train()
     before = copy.deepcopy(model)
     stage = replace(bench.stage, model=model)
-    _figures(bench, stage, bench.batch(stage, bench.everything))
+    bench.figures(stage, bench.batch(stage, bench.everything))
     tensors = [(a, b) for kind in ("named_parameters", "named_buffers") for a, b in _pairs(kind, before, model)]
     changed = sum(not _same(a, b) for a, b in tensors)
     modules = list(zip(before.modules(), model.modules()))
@@ -358,47 +262,3 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _hooks(module: nn.Module) -> int:
     return len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
-
-
-def _gradients(stage: Stage, batch: Batch, at: Parameters) -> Parameters:
-    theta = {n: t.clone().requires_grad_(True) for n, t in at.items()}
-    loss = stage.example_losses(batch, theta).mean()
-    return dict(zip(theta, torch.autograd.grad(loss, list(theta.values()), materialize_grads=True)))
-
-
-def _differences(error: Callable[[Tensor], float], along: Callable[[float], Tensor]) -> float:
-    """Return the least `error` of the fourth-order central difference of `along` at 0, over a few step sizes.
-
-    No single step suits every model: kinks (ReLU) ask for a small one, parts that compute in float32 for a large one.
-    A wrong derivative is as wrong at every step.
-    """
-    least = math.inf
-    for h in STEPS:
-        derivative = (8 * (along(h) - along(-h)) - (along(2 * h) - along(-2 * h))) / (12 * h)
-        found = error(derivative)
-        least = found if math.isnan(found) else min(least, found)
-        if not least > 1e-6:
-            break
-    return least
-
-
-def _first(batch: Batch) -> Batch:
-    """Return the batch's first example alone, as padded as it was: its sequences come first, so positions hold."""
-    sequences, items = batch.sequence == 0, batch.example == 0
-    if not bool(sequences[: int(sequences.sum())].all()):
-        raise BadInput("the task does not put an example's sequences in the order of the examples")
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: cut(part) for key, part in value.items()}
-        return value[sequences] if isinstance(value, Tensor) and len(value) == len(sequences) else value
-
-    return replace(
-        batch,
-        inputs=cut(batch.inputs),
-        rows=batch.rows[:1],
-        targets=batch.targets[items],
-        example=batch.example[items],
-        sequence=batch.sequence[sequences],
-        position=None if batch.position is None else batch.position[items],
-    )

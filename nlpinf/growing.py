@@ -74,7 +74,7 @@ def grow(
     before. `ended` in the curve is "stable", "whole corpus" (nothing is left to draw: the sample plays no part any more) or
     "limit reached", of which no more is known than the curve shows.
     """
-    if any(hasattr(t, "full_tensor") for t in stage.theta.values()):
+    if P.in_pieces(stage.theta):
         raise BadInput(
             f"stage {stage.name!r}: its model is sharded among processes, whose sample cannot grow; give a number of rows"
         )

@@ -33,7 +33,7 @@ def dot(a: Parameters, b: Parameters) -> float:
     """Return ⟨a, b⟩ over the names of `a`, summed in float64."""
     _same_names(a, b)
     total: Any = sum((a[name].double() * b[name].double()).sum() for name in a)
-    return float(total.full_tensor() if hasattr(total, "full_tensor") else total)
+    return float(gathered(total))
 
 
 def norm(a: Parameters) -> float:
@@ -84,14 +84,8 @@ def size(a: Parameters) -> int:
 
 def finite(a: Parameters) -> bool:
     """Say whether every entry is a finite number."""
-    return all(
-        bool(
-            torch.isfinite(
-                whole({"": (tensor.detach() * 0).sum()})[""] if hasattr(tensor, "full_tensor") else tensor
-            ).all()
-        )
-        for tensor in a.values()
-    )
+    # 0 times what is not finite is NaN; so of a tensor in pieces one number is gathered.
+    return all(bool(torch.isfinite(gathered((tensor.detach() * 0).sum()))) for tensor in a.values())
 
 
 def in_pieces(a: Parameters) -> bool:
@@ -99,9 +93,14 @@ def in_pieces(a: Parameters) -> bool:
     return any(hasattr(tensor, "full_tensor") for tensor in a.values())
 
 
+def gathered(tensor: Any) -> Any:
+    """Return the tensor whole where processes hold it in pieces; all of them must call it."""
+    return tensor.full_tensor() if in_pieces({"": tensor}) else tensor
+
+
 def whole(a: Parameters) -> Parameters:
-    """Return the tensors whole where processes hold them in pieces (`DTensor`); all processes must call it."""
-    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in a.items()}
+    """Return the tensors whole where processes hold them in pieces; all of them must call it."""
+    return {name: gathered(tensor) for name, tensor in a.items()}
 
 
 def random_like(a: Parameters, seed: int, draw: Callable[..., Tensor] = torch.randn) -> Parameters:
@@ -117,7 +116,7 @@ def place(tensor: Any) -> int:
 
 def _as(drawn: Tensor, tensor: Any) -> Tensor:
     """Return `drawn`, the same on every process, in the dtype and place of `tensor`, in pieces if that is."""
-    if not hasattr(tensor, "full_tensor"):
+    if not in_pieces({"": tensor}):
         return drawn.to(tensor)
     from torch.distributed.tensor import distribute_tensor  # half a second to import, for sharded models alone
 

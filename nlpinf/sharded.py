@@ -17,6 +17,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
+from nlpinf import parameters as P
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
 
@@ -36,7 +37,7 @@ def check(model: nn.Module) -> None:
     """Raise `BadInput` if the model is sharded in part: every parameter must be in a block that FSDP2 wrapped."""
     if _in_pieces(model):
         for name, parameter in model.named_parameters():
-            if not hasattr(parameter, "full_tensor"):
+            if not P.in_pieces({name: parameter}):
                 raise BadInput(
                     f"the sharded model's parameter {name!r} is in no sharded block; shard the whole model too"
                 )
@@ -63,7 +64,7 @@ def moving(model: nn.Module, tangent: Parameters) -> Iterator[None]:
             parameter = module._parameters[key]
             if name not in made:  # a tied weight is one tensor under several names
                 assert parameter is not None
-                made[name] = forward_ad.make_dual(parameter.detach(), _gathered(tangent[name]))
+                made[name] = forward_ad.make_dual(parameter.detach(), P.gathered(tangent[name]))
             replaced.setdefault(id(block), []).append((module, key, parameter))
             module._parameters[key] = made[name]  # type: ignore[assignment]
 
@@ -105,10 +106,6 @@ def _places(
             places.setdefault(id(block), []).append((module, key, names[id(parameter)]))
     for child in module.children():
         _places(child, child if id(child) in blocks else block, blocks, names, places)
-
-
-def _gathered(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gradients(model: nn.Module, at: Parameters, scalar: Callable[[Parameters | None], Tensor]) -> Sequence[Tensor]:

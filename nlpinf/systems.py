@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from nlpinf import parameters as P
 from nlpinf.checkpoints import Checkpoints, sketch
 from nlpinf.curvature import Curvature, CurvatureKind, Shifted, curvature_samples
 from nlpinf.curvature.spectrum import smallest_ritz_value
@@ -116,8 +117,9 @@ class System:
                 own = replace(own, preconditioner=self._preconditioner)
             return own.many(self.operator, rights, self.second, progress, starts, part)  # type: ignore[no-any-return]
 
-        in_pieces = any(hasattr(t, "full_tensor") for t in self.operator.template.values())
-        if checkpoints is None or in_pieces:  # of a sharded model no process holds a whole state
+        if checkpoints is None or P.in_pieces(
+            self.operator.template
+        ):  # of a sharded model no process holds a whole state
             solutions = run(None)
         else:
             identity = self._identity(solver, rights, starts)

@@ -1,0 +1,62 @@
+"""The state in which a model is computed with: evaluation mode, and kernels that have forward-mode and second derivatives."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Put `model` into evaluation mode with twice-differentiable kernels; restore every module's mode afterwards.
+
+    Of the kernels of scaled dot product attention only the math one has forward-mode and second derivatives; fused
+    recurrent layers (cuDNN, oneDNN) have neither, so models that contain one run PyTorch's own. Nor do the fast path of
+    `nn.TransformerEncoder`, taken only without gradients, and the grouped products of mixtures of experts. Constants
+    that a double precision model makes without saying their dtype are double too.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    experts = _grouped_experts(model)
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with ExitStack() as stack:
+        if any(p.dtype == torch.float64 for p in model.parameters()):
+            # transformers before 5 masks with the least float64 in a tensor of the default dtype, which overflows.
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float64)
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if recurrent:
+            with warnings.catch_warnings():  # PyTorch's setter speaks of GPUs that a CPU-only build does not support
+                warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            for config, _ in experts:
+                config._experts_implementation_internal = "eager"
+            model.eval()
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for config, implementation in experts:
+                config._experts_implementation_internal = implementation
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _grouped_experts(model: nn.Module) -> list[tuple[Any, str]]:
+    """Return the configs by which transformers chooses fused products of experts, each with its choice."""
+    configs = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    chosen = [(config, getattr(config, "_experts_implementation_internal", None)) for config in configs.values()]
+    # "deepgemm_megamoe" lays the weights out anew when they are loaded, so that no other way can read them.
+    return [
+        (config, name) for config, name in chosen if isinstance(name, str) and name not in ("eager", "deepgemm_megamoe")
+    ]
