@@ -115,8 +115,11 @@ def _server() -> subprocess.Popen[str]:
     return process
 
 
-def nlpinf(*arguments: Any, cwd: Path | None = None, kill: int = 0) -> Ended:
-    """Run the command line as a process; with `kill` it dies by SIGKILL just before the kill-th file gets its name."""
+def nlpinf(*arguments: Any, cwd: Path | None = None, kill: int = 0, where: str = "", processes: int = 1) -> Ended:
+    """Run the command line as a process, or as a group of `processes`, of which what the first printed is returned.
+
+    With `kill` it dies by SIGKILL just before the kill-th file whose path has `where` in it gets its name; all of a group do.
+    """
     server = _server()
     assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -127,6 +130,8 @@ def nlpinf(*arguments: Any, cwd: Path | None = None, kill: int = 0) -> Ended:
             "out": str(out),
             "err": str(err),
             "kill": kill,
+            "where": where,
+            "processes": processes,
         }
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +10,6 @@ import pytest
 
 from tests.cli.common import files, nlpinf, refused
 from tests.runs import make_runs
-
-ROOT = Path(__file__).parents[2]
-
-
-MORTAL = """
-import os, signal
-from nlpinf import checkpoints
-from nlpinf.cli import main
-
-publish, left = checkpoints.publish, 10
-
-def mortal(path, *arguments):
-    global left
-    left -= path.name.endswith(".state.safetensors") and path.parent.name == "pretrain"
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    publish(path, *arguments)
-
-checkpoints.publish = mortal
-main()
-"""  # the command, killed when it has written nine states of the pretraining's solve
 
 
 @pytest.fixture(scope="module")
@@ -50,24 +26,31 @@ def command(runs: Path, out: Path, **changes: Any) -> list[str]:
     return ["query", *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
 
 
-def test_a_query_that_was_killed_goes_on_to_the_same_bytes(runs: Path, tmp_path: Path) -> None:
-    undisturbed = nlpinf(*command(runs, tmp_path / "whole"))
+@pytest.mark.parametrize(("processes", "preconditioner", "steps"), [(1, "none", 9), (2, "ekfac", 4)])
+def test_a_query_that_was_killed_goes_on_to_the_same_bytes(
+    processes: int, preconditioner: str, steps: int, runs: Path, tmp_path: Path
+) -> None:
+    """Killed when it has written so many states of the pretraining's solve; of a group all processes at once."""
+    options = {"preconditioner": preconditioner, "tolerance": 1e-5 if processes == 1 else 1e-4}
+    undisturbed = nlpinf(*command(runs, tmp_path / "whole", **options), processes=processes)
     assert undisturbed.status == 0, undisturbed
     assert "goes on" not in undisturbed.err
     out = tmp_path / "query"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", MORTAL, *command(runs, out)], cwd=ROOT, env=environment, timeout=280)
-    assert killed.returncode == -signal.SIGKILL
+    killed = nlpinf(
+        *command(runs, out, **options), processes=processes, where="solves/pretrain/", kill=steps + 2
+    )  # the first file says what is solved
+    assert killed.status == -signal.SIGKILL
     assert not (out / "manifest.json").exists()
 
     before = files(out)
-    refused(nlpinf(*command(runs, out, damping=2e-3)), "solves/finetune", "another damping (0.001 there, 0.002 now)")
-    refused(nlpinf(*command(runs, out, seed=1)), "another seed (0 there, 1 now)")
+    told = "another damping (0.001 there, 0.002 now)"
+    refused(nlpinf(*command(runs, out, damping=2e-3, **options), processes=processes), "solves/finetune", told)
+    refused(nlpinf(*command(runs, out, seed=1, **options)), "another seed (0 there, 1 now)")
     assert files(out) == before
 
-    again = nlpinf(*command(runs, out))
+    again = nlpinf(*command(runs, out, **options), processes=processes)
     assert again.status == 0, again
-    assert "finetune: done before" in again.err and "pretrain: goes on after 18 products" in again.err
+    assert "finetune: done before" in again.err and f"pretrain: goes on after {2 * steps} products" in again.err
     found, expected = files(out), files(tmp_path / "whole")
     assert set(found) == set(expected) and not (out / "solves").exists()
     for name in expected:

@@ -34,6 +34,9 @@ def test_a_group_gives_what_one_process_gives(processes: int, dtype: str, tolera
     assert ended.returncode == 0, ended.stderr[-3000:]
     alone = results(chain(getattr(torch, dtype)))
     ranks = [torch.load(tmp_path / f"found.{rank}", weights_only=True) for rank in range(processes)]
+    fits = [int(found.pop("batches")["made"]) for found in ranks]
+    assert sum(fits) == 2 * 5 and max(fits) == 2 * -(-5 // processes)  # for the basis and for the eigenvalues
+    assert alone["rows"]["rows"].tolist() == [2, 4, 5]
     for name, expected in alone.items():
         found = ranks[0][name]
         error = P.norm(P.axpy(-1.0, found, expected)) / P.norm(expected)
