@@ -117,9 +117,8 @@ class System:
                 own = replace(own, preconditioner=self._preconditioner)
             return own.many(self.operator, rights, self.second, progress, starts, part)  # type: ignore[no-any-return]
 
-        if checkpoints is None or P.in_pieces(
-            self.operator.template
-        ):  # of a sharded model no process holds a whole state
+        # Of a sharded model no process holds a whole state.
+        if checkpoints is None or P.in_pieces(self.operator.template):
             solutions = run(None)
         else:
             identity = self._identity(solver, rights, starts)

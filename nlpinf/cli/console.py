@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum
 from functools import wraps
 from typing import Any
 
@@ -22,13 +21,6 @@ err = Console(stderr=True)
 out = Console(soft_wrap=False)
 
 Report = Callable[[str, int, int, str], None]
-
-
-class PrecisionName(str, Enum):
-    """Precisions of the products."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 @contextmanager
@@ -178,6 +170,21 @@ GROWTH = {
     "whole corpus": "grew to the whole corpus, and plays no part any more",
     "limit reached": "reached its limit while the order of the scores still changed: trust it less than the solves' residuals",
 }
+
+
+def scoring_lines(scoring: Mapping[str, Any]) -> list[str]:
+    """Return what a manifest tells of how rows are scored: why it is not compiled, and what compression was measured to do."""
+    lines = []
+    if isinstance(why := scoring.get("compiled"), str):
+        lines.append(why)
+    if made := scoring.get("compression"):
+        measured = made["measured"]
+        lines.append(
+            f"compressed: {made['multiplications']:.0%} of the products with query vectors; scores err by {measured['rms']:.1%} "
+            f"of their spread (at most {measured['max']:.1%}), rank correlation {measured['spearman']:.4f}, "
+            f"on {measured['rows']} rows scored both ways"
+        )
+    return lines
 
 
 def row_dict(row: ScoredRow) -> dict[str, Any]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import typer
 from rich.table import Table
 
 from nlpinf import querystore
-from nlpinf.cli import console
+from nlpinf.cli import console, options
 from nlpinf.data.sources import find
-from nlpinf.errors import BadInput
+from nlpinf.scoring.corpus import PART_ROWS
 from nlpinf.scoring.feed import StreamFeed, deduped, feed_of
+from nlpinf.scoring.making import Scoring
 from nlpinf.scoring.plan import plan as plan_of
 
 
@@ -23,43 +23,42 @@ def add(app: typer.Typer) -> None:
 
 
 def plan(
-    query: Path = typer.Option(help="Query folder."),
-    corpus: str | None = typer.Option(None, help="As for `nlpinf score`; default: the run's own corpus."),
-    pretrain: Path | None = typer.Option(None, help="The pretraining run, where it was moved since the query."),
-    empty: str = typer.Option("error", help="Empty lines: 'error' or 'skip'."),
-    text_column: str = typer.Option("text", help="The column or key of the texts."),
-    split: str | None = typer.Option(None, help="The split of a data set."),
-    dedupe: bool = typer.Option(False, "--dedupe", help="Equal texts are to be scored once."),
-    token_scores: bool = typer.Option(False, help="The score of every counted token is to be kept."),
-    text: bool = typer.Option(True, help="The texts are to be kept beside the scores."),
-    mode: str = typer.Option("auto", help="'forward', 'reverse' or 'auto'."),
-    part_rows: int = typer.Option(8192, help="Rows in a part.", min=1),
+    query: options.Query,
+    corpus: options.Corpus = None,
+    pretrain: options.Pretrain = None,
+    empty: options.Empty = "error",
+    text_column: options.TextColumn = "text",
+    split: options.Split = None,
+    dedupe: options.Dedupe = False,
+    compress: options.Compress = None,
+    precision: options.Precision = None,
+    compiled: options.Compiled = False,
+    token_scores: options.TokenScores = False,
+    text: options.Text = True,
+    mode: options.Mode = "auto",
+    part_rows: options.PartRows = PART_ROWS,
     rows: int = typer.Option(300, help="Rows to measure, at least; more make the plan surer.", min=1),
     processes: int = typer.Option(8, help="Plan for 1, 2, 4, ... up to so many processes.", min=1),
     price: float | None = typer.Option(None, help="Price of a process for an hour, in any currency.", min=0),
-    trust_remote_code: bool = typer.Option(False, help="Run code that lies in the model's folder."),
-    json_: bool = typer.Option(False, "--json", help="Print JSON."),
+    trust_remote_code: options.TrustRemoteCode = False,
+    json_: options.Json = False,
 ) -> None:
     """Measure a few hundred rows and say how long the whole corpus will take, in how much memory, disk and money.
 
-    The figures hold for processes like this one, each with processors or a GPU of its own; set --threads as for the run.
+    Give the options that `nlpinf score` is to get. The figures hold for processes like this one, each with processors or a GPU of its own; set --threads as for the run.
 
     Example: nlpinf plan --query query --corpus corpus.txt.gz --price 0.5
     """
-    if empty not in ("error", "skip"):
-        raise BadInput(f"--empty {empty} is neither error nor skip")
-    if mode not in ("auto", "forward", "reverse"):
-        raise BadInput(f"--mode {mode} is none of auto, forward, reverse")
+    scoring = Scoring(mode, token_scores, compress, precision, compiled)
     began = time.perf_counter()
     source = None if corpus is None else find(corpus, text_column, split)
     vectors = querystore.load(query, run=pretrain, trust_remote_code=trust_remote_code)
     loading = time.perf_counter() - began
-    feed = feed_of(vectors.stage.data) if source is None else StreamFeed.of(source, empty)  # type: ignore[arg-type]
+    feed = feed_of(vectors.stage.data) if source is None else StreamFeed.of(source, empty)
     found = plan_of(
         vectors,
         deduped(feed) if dedupe else feed,
-        mode=mode,  # type: ignore[arg-type]
-        token_scores=token_scores,
+        scoring=scoring,
         text=text,
         part_rows=part_rows,
         sample=rows,
@@ -71,9 +70,11 @@ def plan(
         console.print_json(asdict(found))
         return
     console.say(
-        f"{found.rows:,} rows in {found.parts:,} parts; measured {found.measured:,} rows, {found.mode} mode, "
+        f"{found.rows:,} rows in {found.parts:,} parts; measured {found.measured:,} rows, {found.scoring['mode']} mode, "
         f"{found.threads} threads: {found.rows_per_second:,.0f} rows/s, after {console.duration(found.seconds_start)}"
     )
+    for line in console.scoring_lines(found.scoring):
+        console.say(line)
     table = Table(box=None, padding=(0, 2))
     for name in ("processes", "time", "memory", "disk", *(["cost"] if price is not None else [])):
         table.add_column(name, justify="right")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -16,42 +14,11 @@ from nlpinf.cli import console
 from nlpinf.cli.run import verdict_table
 from nlpinf.data.labelled import read_rows
 from nlpinf.errors import BadInput
+from nlpinf.experiments.asking import ask
+from nlpinf.experiments.recipe import CurvatureName, PreconditionerName, QuerySettings, SolverName, checked
 from nlpinf.experiments.stages import misclassified as wrong_rows
-from nlpinf.growing import Growing
-from nlpinf.influence import Relative, query_vectors
 from nlpinf.queries import Query
-from nlpinf.solvers import CG, MINRES, Direct, LiSSA, Refined
-
-
-class CurvatureName(str, Enum):
-    """Curvature operators by name."""
-
-    ggn = "ggn"
-    hessian = "hessian"
-    fisher = "fisher"
-    auto = "auto"
-
-
-class SolverName(str, Enum):
-    """Solvers by name."""
-
-    cg = "cg"
-    minres = "minres"
-    lissa = "lissa"
-    direct = "direct"
-
-
-class PreconditionerName(str, Enum):
-    """Preconditioners by name."""
-
-    none = "none"
-    diagonal = "diagonal"
-    ekfac = "ekfac"
-    nystrom = "nystrom"
-    spectral = "spectral"
-
-
-_SOLVERS = {SolverName.cg: CG, SolverName.minres: MINRES, SolverName.lissa: LiSSA}
+from nlpinf.stages import Precision
 
 
 def add(app: typer.Typer) -> None:
@@ -74,22 +41,22 @@ def query(
         0, help="Add the losses of so many misclassified rows, the largest first.", min=0
     ),
     curvature: CurvatureName = typer.Option(
-        CurvatureName.ggn,
+        "ggn",
         help="Curvature operator of the solves; auto: the Hessian where it is positive definite, else the GGN.",
     ),
-    solver: SolverName = typer.Option(SolverName.cg, help="Solver; direct: EK-FAC's inverse, with its residual."),
-    preconditioner: PreconditionerName = typer.Option(PreconditionerName.none, help="Preconditioner of cg and lissa."),
-    precision: console.PrecisionName | None = typer.Option(
+    solver: SolverName = typer.Option("cg", help="Solver; direct: EK-FAC's inverse, with its residual."),
+    preconditioner: PreconditionerName = typer.Option("none", help="Preconditioner of the solver; direct takes ekfac."),
+    precision: Precision | None = typer.Option(
         None, help="Make the products in low precision, refined to the same residual."
     ),
     damping: float | None = typer.Option(None, help="Damping λ, absolute."),
     relative_damping: float = typer.Option(
         0.01, help="Damping as a multiple of the mean eigenvalue; used without --damping."
     ),
-    sample: str | None = typer.Option(
-        None,
-        metavar="ROWS|grow",
-        help="Rows that carry the curvature of each stage (default: at most 1,024, half of the corpus); grow: from 1,024 on twice as many until the order of the scores no longer changes.",
+    sample: str = typer.Option(
+        "auto",
+        metavar="ROWS|auto|grow",
+        help="Rows that carry the curvature of each stage; auto: at most 1,024, half of the corpus; grow: from 1,024 on twice as many until the order of the scores no longer changes.",
     ),
     sample_limit: int | None = typer.Option(
         None, help="With --sample grow: rows at most (default: the whole corpus).", min=1
@@ -164,15 +131,24 @@ def query(
             raise BadInput(f"{option} is {value}; the damping must be a number of at least 0")
     if len(train) not in (0, len(finetune)):
         raise BadInput(f"--train was given {len(train)} times for {len(finetune)} finetuning runs; give it for each")
-    direct = solver is SolverName.direct
-    if direct and preconditioner is PreconditionerName.none:
-        preconditioner = PreconditionerName.ekfac
-    chosen_solver: Any = Direct(tolerance) if direct else _SOLVERS[solver](tolerance, max_iterations)
-    if precision is not None:
-        if solver is not SolverName.cg:
-            raise BadInput(f"--precision goes with --solver cg, not with {solver.value}")
-        chosen_solver = Refined(chosen_solver, precision.value)
-    rows_of_sample = _sample(sample, sample_limit)
+    settings = checked(
+        QuerySettings,
+        {
+            "misclassified": misclassified,
+            "curvature": curvature,
+            "damping": {"relative": relative_damping} if damping is None else damping,
+            "sample": sample,
+            "sample_limit": sample_limit,
+            "error_bars": error_bars,
+            "solver": solver,
+            "preconditioner": preconditioner,
+            "precision": precision,
+            "tolerance": tolerance,
+            "max_iterations": max_iterations,
+            "allow_unconverged": allow_unconverged,
+        },
+        "query",
+    )
     querystore.claim(out)
     told = [
         Told(
@@ -212,23 +188,15 @@ def query(
         queries.append(
             Query.loss(rows[i], f"loss of test row {i}: {rows[i]['text'][:50]!r} (label {rows[i]['label']})")
         )
-    if rows_of_sample is None:
-        rows_of_sample = min(1024, max(1, chain.stages[0].size // max(2, error_bars or 2)))
     kept = Checkpoints(querystore.solves(out), checkpoint_every, restart=restart, say=_tell)
     with console.bars() as bars:
-        vectors = query_vectors(
+        vectors = ask(
             chain,
             queries,
-            curvature=curvature.value,
-            damping=Relative(relative_damping) if damping is None else damping,
-            solver=chosen_solver,
-            preconditioner=None if preconditioner is PreconditionerName.none else preconditioner.value,
-            sample=rows_of_sample,
-            error_bars=error_bars,
-            seed=seed,
-            allow_unconverged=allow_unconverged,
-            checkpoint=kept,
-            progress=lambda stage, k, residual: bars(f"solve {stage}", k, max_iterations, f"residual {residual:.1e}"),
+            settings,
+            seed,
+            kept,
+            lambda stage, k, residual: bars(f"solve {stage}", k, max_iterations, f"residual {residual:.1e}"),
         )
     if not processes.main():
         return
@@ -242,17 +210,6 @@ def query(
         console.out.print(verdict_table(manifest["queries"]))
         for line in console.sampling_lines(manifest["settings"]):
             console.say(line)
-
-
-def _sample(given: str | None, limit: int | None) -> int | Growing | None:
-    if given == "grow":
-        start = Growing().start
-        return Growing(start=min(start, limit or start), limit=limit)
-    if limit is not None:
-        raise BadInput("--sample-limit goes with --sample grow")
-    if given is not None and not given.isdecimal():
-        raise BadInput(f"--sample {given} is neither a number of rows nor 'grow'")
-    return None if given is None else int(given)
 
 
 def _tell(line: str) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nlpinf.errors import BadInput
+from nlpinf.stages import Precision
 
 
 class _Strict(BaseModel):
@@ -107,20 +108,62 @@ Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)] | RelativeDamping
 Sample = Annotated[int, Field(ge=1)] | None
 
 
+CurvatureName = Literal["ggn", "hessian", "fisher", "auto"]
+SolverName = Literal["cg", "minres", "lissa", "direct"]
+PreconditionerName = Literal["none", "diagonal", "ekfac", "nystrom", "spectral"]
+
+
 class QuerySettings(_Strict):
     """What is asked, and how it is pulled back.
 
-    `damping` and `sample` (rows that carry the curvature; null for all) are one for both stages or a list: pretraining,
-    finetuning.
+    `damping` and `sample` (rows that carry the curvature; null for all, "auto" for at most 1,024, half of the corpus) are
+    one for both stages or a list: pretraining, finetuning. `sample: grow` takes twice as many rows, from 1,024 on and up to
+    `sample_limit`, until the order of the scores no longer changes. `error_bars: K` solves on K disjoint samples, so that
+    scores get standard errors. `solver: direct` is EK-FAC's inverse, with its residual; `precision` makes the products of cg
+    in low precision, refined to the same residual.
     """
 
     misclassified: int = Field(3, ge=0)
-    curvature: Literal["ggn", "hessian", "fisher"] = "ggn"
+    curvature: CurvatureName = "ggn"
     damping: Damping | list[Damping] = RelativeDamping(relative=0.01)
-    sample: Sample | list[Sample] = None
+    sample: Sample | Literal["grow", "auto"] | list[Sample] = None
+    sample_limit: int | None = Field(None, ge=1)
+    error_bars: int | None = Field(None, ge=2)
+    solver: SolverName = "cg"
+    preconditioner: PreconditionerName = "none"
+    precision: Precision | None = None
     tolerance: float = Field(1e-3, gt=0, lt=1)
     max_iterations: int = Field(1000, ge=1)
     allow_unconverged: bool = False
+
+    @model_validator(mode="after")
+    def _compatible(self) -> QuerySettings:
+        if self.precision is not None and self.solver != "cg":
+            raise BadInput(f"precision goes with the solver cg, not with {self.solver}")
+        if self.sample_limit is not None and self.sample != "grow":
+            raise BadInput("sample_limit goes with the sample grow")
+        if self.error_bars is not None and self.sample in (None, "grow"):
+            kind = "one that grows" if self.sample else "none: all rows carry the curvature"
+            raise BadInput(f"error_bars needs a sample of a fixed size, a number of rows or auto, but it has {kind}")
+        return self
+
+
+class ScoreSettings(_Strict):
+    """How the corpus is scored: `nlpinf score --help` says what these do.
+
+    `compile` takes half a minute to begin with; `compress` is the error allowed; `dedupe` scores equal texts once.
+    """
+
+    precision: Literal["bfloat16"] | None = None
+    compile: bool = False
+    compress: float | None = Field(None, gt=0, lt=1)
+    dedupe: bool = False
+
+    @model_validator(mode="after")
+    def _compatible(self) -> ScoreSettings:
+        if self.precision is not None and self.compress is not None:
+            raise BadInput("compress is chosen and measured in full precision; leave out precision, or compress")
+        return self
 
 
 class ReportSettings(_Strict):
@@ -145,9 +188,21 @@ class Recipe(_Strict):
     pretrain: PretrainSettings
     finetune: FinetuneSettings
     query: QuerySettings = QuerySettings()  # type: ignore[call-arg]
+    score: ScoreSettings = ScoreSettings()  # type: ignore[call-arg]
     report: ReportSettings = ReportSettings()  # type: ignore[call-arg]
     remove: RemoveSettings | None = None
     versions: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _compatible(self) -> Recipe:
+        if self.score.compress is not None and self.query.error_bars is not None:
+            raise BadInput("score.compress gives no standard errors; leave it out, or query.error_bars")
+        if self.score.dedupe and self.remove is not None:
+            raise BadInput("score.dedupe scores one of equal rows, but remove takes out rows one by one; leave one out")
+        return self
+
+
+Settings = TypeVar("Settings", bound=_Strict)
 
 
 def load(path: str | Path) -> Recipe:
@@ -168,8 +223,13 @@ def load(path: str | Path) -> Recipe:
 
 def parse(content: dict[str, Any], where: str = "recipe") -> Recipe:
     """Check a recipe's content; `where` is named in errors."""
+    return checked(Recipe, content, where)
+
+
+def checked(kind: type[Settings], content: dict[str, Any], where: str) -> Settings:
+    """Return settings of this kind, of a recipe or of a part of one; `where` is named in errors."""
     try:
-        return Recipe.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         raise BadInput(f"{where}: {_told(min(error.errors(), key=_rank))}") from None
 
@@ -189,6 +249,7 @@ def _told(error: Any) -> str:
         "int",
         "RelativeDamping",
         "list[",
+        "literal[",
     )  # pydantic names the form that it tried
     place = [str(part) for part in error["loc"] if not str(part).startswith(forms)]
     key = ".".join(place)
@@ -198,6 +259,8 @@ def _told(error: Any) -> str:
         return f"there is no key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
     if error["type"] == "missing":
         return f"the key {key!r} is missing; add it"
+    if error["type"] == "value_error":  # settings that do not go together
+        return ": ".join(filter(None, (key, str(error["ctx"]["error"]))))
     return f"{key}: {error['msg'][:1].lower()}{error['msg'][1:]}, not {error['input']!r}"
 
 

@@ -15,16 +15,16 @@ from typing import Any
 
 from nlpinf import querystore, report
 from nlpinf.adapters.huggingface import RECORD, chain_from_runs, read_json, save_run, versions, write_json
+from nlpinf.checkpoints import Checkpoints
 from nlpinf.data import shipped
 from nlpinf.errors import BadInput
 from nlpinf.experiments import recipe as recipes
+from nlpinf.experiments.asking import ask
 from nlpinf.experiments.building import fitted_head
-from nlpinf.experiments.recipe import Recipe, RelativeDamping
+from nlpinf.experiments.recipe import Recipe
 from nlpinf.experiments.removal import removals
 from nlpinf.experiments.stages import Progress, Recipes
-from nlpinf.influence import Relative, query_vectors
 from nlpinf.scoring import Scores, score
-from nlpinf.solvers import CG
 from nlpinf.stages import Stage
 
 Say = Callable[[str], None]
@@ -50,7 +50,8 @@ class Runner:
     """Runs `recipe`, which has one transfer, in `out`; `progress` gets (step, done, total, note), `say` one line a step.
 
     `pretrain` is the folder of the pretraining (default: in `out`) and `retrained` holds pretrained stages by the rows that
-    they did without; both may be shared with a runner of the same recipe with another transfer.
+    they did without; both may be shared with a runner of the same recipe with another transfer, the first of which
+    `pretrains`: the pretraining is part of its time.
     """
 
     def __init__(
@@ -61,10 +62,11 @@ class Runner:
         say: Say | None = None,
         *,
         pretrain: Path | None = None,
+        pretrains: bool = True,
         retrained: dict[tuple[int, ...], Stage] | None = None,
     ) -> None:
         self.out, self.progress, self.say = Path(out), progress, say or (lambda _: None)
-        self.pretrain = pretrain or self.out / "pretrain"
+        self.pretrain, self.pretrains = pretrain or self.out / "pretrain", pretrains
         self.retrained = {} if retrained is None else retrained
         self.recipe = recipe.model_copy(update={"versions": versions()})
         (self.transfer,) = recipe.finetune.transfers
@@ -82,8 +84,15 @@ class Runner:
         retrained: dict[tuple[int, ...], Stage] = {}
         for transfer in recipe.finetune.transfers:
             one = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"transfer": transfer})})
-            pretrain = Path(out) / "pretrain"
-            runners[transfer] = cls(one, Path(out) / transfer, progress, say, pretrain=pretrain, retrained=retrained)
+            runners[transfer] = cls(
+                one,
+                Path(out) / transfer,
+                progress,
+                say,
+                pretrain=Path(out) / "pretrain",
+                pretrains=not runners,
+                retrained=retrained,
+            )
         return runners
 
     def _claim(self) -> None:
@@ -101,7 +110,7 @@ class Runner:
     def run(self) -> Outcome:
         """Run what is missing and return the outcome."""
         start = time.monotonic()
-        resumed = any((self.out / done).exists() for done in (f"pretrain/{RECORD}", "result.json"))
+        resumed = (self.out / "result.json").exists() or (self.pretrains and (self.pretrain / RECORD).exists())
         self._stages()
         self._query()
         scores = self._score()
@@ -167,10 +176,8 @@ class Runner:
             self.say("query: done before")
             return
         chain = chain_from_runs([self.pretrain, self.out / "finetune"])
-        given = settings.damping if isinstance(settings.damping, list) else [settings.damping] * len(chain.links)
-        damping = [Relative(d.relative) if isinstance(d, RelativeDamping) else d for d in given]
         queries = self.make.queries(chain.stages[-1])
-        solves = len(queries) * len(chain.links)
+        solves = len(queries) * len(chain.links) * (settings.error_bars or 1)
         finished = 0
         last = [0]
 
@@ -179,29 +186,32 @@ class Runner:
             finished += iteration <= last[0]
             last[0] = iteration
             if self.progress is not None:
-                self.progress("query", finished, solves, f"{stage}, product {iteration}, residual {residual:.1e}")
+                total = max(solves, finished + 1)  # a sample that grows solves anew for every size
+                self.progress("query", finished, total, f"{stage}, product {iteration}, residual {residual:.1e}")
 
-        vectors = query_vectors(
-            chain,
-            queries,
-            curvature=settings.curvature,
-            damping=damping,
-            solver=CG(settings.tolerance, settings.max_iterations),
-            sample=settings.sample,
-            seed=self.recipe.seed,
-            allow_unconverged=settings.allow_unconverged,
-            checkpoint=querystore.solves(folder),
-            progress=follow,
+        vectors = ask(
+            chain, queries, settings, self.recipe.seed, Checkpoints(querystore.solves(folder)), progress=follow
         )
         if self.progress is not None:
-            self.progress("query", solves, solves, "")
+            done = max(solves, finished)
+            self.progress("query", done, done, "")
         querystore.save(vectors, folder, chain)
 
     def _score(self) -> Scores:
         vectors = querystore.load(self.out / "query")
         progress = self.progress
         report_rows = None if progress is None else (lambda done, total: progress("score", done, total, "sentences"))
-        return score(vectors, out=self.out / "scores", part_rows=2048, progress=report_rows)
+        settings = self.recipe.score
+        return score(
+            vectors,
+            out=self.out / "scores",
+            dedupe=settings.dedupe,
+            compress=settings.compress,
+            precision=settings.precision,
+            compiled=settings.compile,
+            part_rows=2048,
+            progress=report_rows,
+        )
 
     def _report(self, scores: Scores, removal: list[dict[str, Any]]) -> Path:
         page = self.out / "report.html"

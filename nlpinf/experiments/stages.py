@@ -32,6 +32,7 @@ from nlpinf.experiments.building import (
 from nlpinf.experiments.recipe import Recipe, Transfer
 from nlpinf.experiments.removal import removed_rows
 from nlpinf.queries import Query
+from nlpinf.scoring.compress import LEAST
 from nlpinf.stages import Stage, evaluation
 
 __all__ = ["Progress", "Recipes", "Result", "misclassified", "predictions"]
@@ -114,10 +115,15 @@ class Recipes:
                 raise BadInput(
                     f"query.{key} lists {len(given)} values for 2 stages; give pretraining's and finetuning's"
                 )
-        samples = recipe.query.sample
+        samples, bars = recipe.query.sample, recipe.query.error_bars or 1
         for (stage, size), sample in zip(sizes.items(), samples if isinstance(samples, list) else [samples]):
-            if sample is not None and sample > size:
-                raise BadInput(f"query.sample is {sample} rows, but {stage} has {size}; give at most that")
+            if isinstance(sample, int) and sample * bars > size:
+                told = f"query.sample is {sample} rows" + (f", times {bars} for error_bars" if bars > 1 else "")
+                raise BadInput(f"{told}, but {stage} has {size}; give at most {size // bars}")
+        if recipe.score.compress is not None and rows < LEAST:
+            raise BadInput(
+                f"score.compress needs a corpus of at least {LEAST} rows to measure, not {rows}; leave it out"
+            )
         if recipe.remove is not None:
             removed_rows(recipe.remove.share, rows)
         if len({row["label"] for row in self.labelled[0]}) < 2:

@@ -127,14 +127,12 @@ def compressed(vectors: QueryVectors, feed: Feed, error: float, seed: int = 0) -
 
 
 def compression_of(
-    vectors: QueryVectors, feed: Feed, error: float, folder: Path | None, identity: dict[str, Any]
+    vectors: QueryVectors, feed: Feed, error: float, folder: Path, identity: dict[str, Any]
 ) -> Compression:
     """Return the compression that a scores folder has, or compute it and put it there: all processes then use the same.
 
     `identity` is the folder's. Raises `BadInput` if the folder's is of another query, corpus, weights or setting.
     """
-    if folder is None:
-        return compressed(vectors, feed, error)
     path = folder / COMPRESSED
     if not path.exists():
         write_compression(path, compressed(vectors, feed, error), identity)

@@ -19,9 +19,9 @@ from nlpinf.data.sources import EmptyPolicy
 from nlpinf.errors import BadInput
 from nlpinf.influence import QueryVectors
 from nlpinf.parameters import Parameters
-from nlpinf.scoring.compress import compression_of
 from nlpinf.scoring.documents import write_documents
 from nlpinf.scoring.feed import Feed, Part, deduped, feed_of
+from nlpinf.scoring.making import Scoring
 from nlpinf.scoring.manifest import scores_identity, scores_manifest
 from nlpinf.scoring.rows import Mode, RowScorer, Tick
 from nlpinf.scoring.shards import Make, Progress, Shard, Worker
@@ -84,10 +84,7 @@ def score(
     """
     if part_rows < 1:
         raise BadInput(f"a part of {part_rows} rows was asked for; give a number of at least 1")
-    if precision == "float16":
-        raise BadInput("in float16 small gradients of the outputs are lost; score in bfloat16")
-    if precision is not None and compress is not None:
-        raise BadInput("compressed vectors are chosen and measured in full precision; leave out one of the two")
+    scoring = Scoring(mode, token_scores, compress, precision, compiled, batch_size, batch_tokens)
     if shard is not None and out is None:
         raise BadInput("a shard is done into a folder; give one (out=...)")
     feed = feed_of(vectors.stage.data if corpus is None else corpus, empty)
@@ -95,12 +92,9 @@ def score(
         feed = deduped(feed)
     text = text and feed.has_texts
     identity = scores_identity(vectors, feed, part_rows, text, token_scores, compress, precision)
-    compression = None
     if out is not None:
         Store.check(out, identity)
-    if compress is not None:
-        compression = compression_of(vectors, feed, compress, None if out is None else Path(out), identity)
-    scorer = RowScorer(vectors, mode, token_scores, batch_size, batch_tokens, compression, precision, compiled)
+    scorer = scoring.scorer(vectors, feed, None if out is None else Path(out), identity)
     manifest = scores_manifest(vectors, feed, scorer, identity)
 
     def make(part: Part, tick: Tick | None = None) -> pa.Table:

@@ -70,15 +70,6 @@ def scores_manifest(vectors: QueryVectors, feed: Feed, scorer: RowScorer, identi
             vectors.queries, vectors.values, identity["queries"], vectors.verdicts
         )
     ]
-    scoring: dict[str, Any] = {
-        "mode": scorer.mode,
-        "batch_size": scorer.batch_size,
-        "batch_tokens": scorer.batch_tokens,
-    }
-    if scorer.compiled or scorer.note:
-        scoring["compiled"] = scorer.note or True
-    if scorer.compression is not None:
-        scoring["compression"] = scorer.compression.summary()
     return {
         "kind": "scores",
         "format": FORMAT,
@@ -90,7 +81,7 @@ def scores_manifest(vectors: QueryVectors, feed: Feed, scorer: RowScorer, identi
         "query_vectors": vectors.settings,
         "stage": stage.name,
         "corpus": {"path": feed.path, "rows": feed.size, "skipped": feed.skipped, "odd": dict(feed.odd)},
-        "scoring": scoring,
+        "scoring": scorer.summary(),
         "versions": {name: _version(name) for name in ("nlpinf", "torch", "transformers", "pyarrow")},
     }
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -18,7 +19,8 @@ from nlpinf.errors import BadInput
 from nlpinf.influence import QueryVectors
 from nlpinf.scoring.feed import Feed, Part
 from nlpinf.scoring.files import write_table
-from nlpinf.scoring.rows import Mode, RowScorer, RowScores
+from nlpinf.scoring.making import Scoring
+from nlpinf.scoring.rows import RowScorer, RowScores
 from nlpinf.scoring.tables import table
 
 _BATCHES = 12  # that are timed at least
@@ -39,15 +41,16 @@ class Option:
 class Plan:
     """What was measured on `measured` rows, and what follows for all of them.
 
+    `scoring` is what a scores folder's manifest would say of how its rows are scored;
     `rows_per_second` one process, reading, encoding, scoring and writing included; `seconds_start` what comes before
-    the first part: loading, and reading the corpus once; `memory_bytes` the process's peak (on a GPU also
+    the first part: loading, making the scorer, and reading the corpus once; `memory_bytes` the process's peak (on a GPU also
     `gpu_memory_bytes`); `disk_bytes` the scores folder; `options` for 1 to N processes.
     """
 
     rows: int
     parts: int
     measured: int
-    mode: str
+    scoring: dict[str, Any]
     threads: int
     rows_per_second: float
     seconds_start: float
@@ -61,8 +64,7 @@ def plan(
     vectors: QueryVectors,
     feed: Feed,
     *,
-    mode: Mode = "auto",
-    token_scores: bool = False,
+    scoring: Scoring | None = None,
     text: bool = True,
     part_rows: int,
     sample: int = 300,
@@ -71,15 +73,19 @@ def plan(
     seconds_start: float = 0.0,
     seed: int = 0,
 ) -> Plan:
-    """Measure and extrapolate; the arguments are those of `nlpinf.score`.
+    """Measure and extrapolate; `scoring`, `text` and `part_rows` are as for `nlpinf.score`.
 
     A part of random rows is encoded and cut into batches as a run would. Of its batches some are scored and timed, at
     least `sample` rows, from equal shares of the part's tokens; a fit of their times by calls, tokens and attention says
     what the others need. `price` is that of a process for an hour; `seconds_start` what loading took.
     """
+    if part_rows < 1:
+        raise BadInput(f"a part of {part_rows} rows was asked for; give a number of at least 1")
     if sample < 1 or any(count < 1 for count in processes):
         raise BadInput("a plan needs at least 1 row to measure and 1 process")
-    scorer = RowScorer(vectors, mode, token_scores)
+    began = time.perf_counter()
+    scorer = (scoring or Scoring()).scorer(vectors, feed)
+    seconds_make = time.perf_counter() - began
     began = time.perf_counter()
     lengths = _lengths(feed)
     seconds_read = time.perf_counter() - began
@@ -93,11 +99,11 @@ def plan(
     seconds_encode = encoding[1]
     seconds_score, measured = _scoring(scorer, encoded, part, batches, sample)
     _longest(scorer, feed, lengths, min(_LONGEST, feed.size))
-    seconds_write, bytes_part = _writing(scorer, part, text and feed.has_texts, token_scores, draw)
+    seconds_write, bytes_part = _writing(scorer, part, text and feed.has_texts, draw)
     seconds_part = seconds_encode + seconds_score + seconds_write
     parts = math.ceil(feed.size / part_rows)
     # A run reads the corpus once to check it, once to score it.
-    start = seconds_start + 2 * seconds_read + max(0.0, encoding[0] - encoding[1])
+    start = seconds_start + seconds_make + 2 * seconds_read + max(0.0, encoding[0] - encoding[1])
     total = seconds_part * feed.size / size
     memory = _peak_memory()
     options = []
@@ -108,7 +114,7 @@ def plan(
         options.append(Option(count, hours, count * memory, None if price is None else price * hours * count))
     gpu = torch.cuda.max_memory_allocated() if vectors.stage.device.type == "cuda" else None
     disk = int(bytes_part * feed.size / size)
-    return Plan(feed.size, parts, measured, scorer.mode, torch.get_num_threads(), feed.size / total, start, memory, gpu, disk, options)  # fmt: skip
+    return Plan(feed.size, parts, measured, scorer.summary(), torch.get_num_threads(), feed.size / total, start, memory, gpu, disk, options)  # fmt: skip
 
 
 def _lengths(feed: Feed) -> np.ndarray:
@@ -171,19 +177,19 @@ def _longest(scorer: RowScorer, feed: Feed, lengths: np.ndarray, count: int) -> 
     scorer.score([encoded[i] for i in batches[0]], part.rows[batches[0]].tolist())
 
 
-def _writing(
-    scorer: RowScorer, part: Part, text: bool, token_scores: bool, draw: np.random.Generator
-) -> tuple[float, int]:
+def _writing(scorer: RowScorer, part: Part, text: bool, draw: np.random.Generator) -> tuple[float, int]:
     """Return the seconds and bytes of the part, with random numbers in the place of scores: neither is compressible."""
     count = len(part.rows)
-    result = RowScores(draw.standard_normal((count, scorer.queries)), draw.random(count), np.ones(count, np.int64))
-    if token_scores:
+    scores = draw.standard_normal((count, scorer.queries))
+    errors = None if scorer.columns == scorer.queries else draw.random((count, scorer.queries))
+    result = RowScores(scores, draw.random(count), np.ones(count, np.int64), errors=errors)
+    if scorer.token_scores:
         counted = np.array([scorer.stage.task.counted([e]) for e in scorer.stage.task.encode(part.examples)])
         items, ids = (
             draw.standard_normal((int(counted.sum()), scorer.queries)),
             draw.integers(0, 8000, int(counted.sum())),
         )
-        result = RowScores(result.scores, result.losses, counted, items, ids, ids % 64)
+        result = RowScores(scores, result.losses, counted, items, ids, ids % 64, errors=errors)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "part.parquet"
         began = time.perf_counter()

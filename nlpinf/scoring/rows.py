@@ -120,6 +120,19 @@ class RowScorer:
         places = positions + self.stage.task.ahead
         return RowScores(scores, losses, tokens, values[order], targets[order], positions, places, truncated, errors)
 
+    def summary(self) -> dict[str, Any]:
+        """Return what manifests say: mode and batches, whether it is compiled or why not, what compression was measured to do."""
+        told: dict[str, Any] = {
+            "mode": self.mode,
+            "batch_size": self.batch_size,
+            "batch_tokens": self.batch_tokens,
+        }
+        if self.compiled or self.note:
+            told["compiled"] = self.note or True
+        if self.compression is not None:
+            told["compression"] = self.compression.summary()
+        return told
+
     def _split(self, found: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the scores (n, queries) and their standard errors: roots of the sums of squares over the error vectors."""
         if self.columns == self.queries:

@@ -136,5 +136,7 @@ def test_a_plan_is_printed_and_nothing_is_written(root: Path, tmp_path: Path) ->
     assert all(option["cost"] is None for option in plan["options"])
     hours = [option["hours"] for option in plan["options"]]
     assert hours == sorted(hours, reverse=True) and hours[2] == hours[3]  # four parts, a process each
-    refused(nlpinf(*job, "--mode", "sideways"), "sideways", "auto, forward, reverse")
+    refused(nlpinf(*job, "--mode", "sideways"), "sideways", "'auto', 'forward', 'reverse'")
+    refused(nlpinf(*job, "--precision", "float16"), "float16", "bfloat16")
+    refused(nlpinf(*job, "--precision", "bfloat16", "--compress", 0.2), "compressed", "leave out one")
     refused(nlpinf(*job[:-4], "--corpus", tmp_path / "none.txt"), "none.txt", "no such file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -76,6 +77,14 @@ def test_both_transfers_share_one_pretraining(tmp_path: Path) -> None:
             assert record["transfer"] == {"proximity": 0.03} and chain.links[1].moved
     removed = [json.loads((out / case / "removal/random-1.json").read_text(encoding="utf-8")) for case in found]
     assert removed[0]["rows"] == removed[1]["rows"] and removed[0]["actual"] != removed[1]["actual"]
+    # Its pretraining is part of the first one's time alone, and so is not known where it was done before.
+    assert all(found[case]["seconds"] is not None for case in found)
+    for case in found:
+        shutil.rmtree(out / case)
+    assert nlpinf("run", path, "--out", out, "--result", result).status == 0
+    again = json.loads(result.read_text(encoding="utf-8"))
+    assert again["frozen"]["seconds"] is None and again["proximity"]["seconds"] is not None
+    assert again["frozen"]["test"] == found["frozen"]["test"]
     # Both were finetuned on the same pretraining without these rows, so each is what its own recipe alone gives.
     alone = write_recipe(tmp_path / "one.yaml", recipe(data, **{**changes, "finetune__transfer": "proximity"}))
     assert nlpinf("run", alone, "--out", tmp_path / "alone").status == 0

@@ -15,7 +15,7 @@ from nlpinf import Scores, Stage
 from nlpinf.errors import BadInput
 from nlpinf.experiments import recipe as recipes
 from nlpinf.experiments.removal import removals
-from tests.cli.common import copied, files, nlpinf, recipe, refused, scored, write_recipe
+from tests.cli.common import copied, files, nlpinf, recipe, refused, scored, sentences, write_data, write_recipe
 
 CAUSAL: dict[str, Any] = {
     "pretrain__task": "causal_lm",
@@ -193,3 +193,46 @@ def test_the_shipped_recipes_are_valid() -> None:
     assert found
     for path in found:
         recipes.load(path)
+
+
+def test_query_and_score_settings_are_those_of_the_commands(root: Path, tmp_path: Path) -> None:
+    """A recipe's scores are, to the byte, those of `nlpinf query` and `nlpinf score` with the same settings."""
+    # Of equal texts one is scored.
+    data = write_data(tmp_path / "data", [*sentences(), *sentences(6)])
+    changes = {"query": {"misclassified": 0, "damping": 0.1, "sample": "auto", "error_bars": 3, "tolerance": 1e-4, "curvature": "fisher", "solver": "minres", "preconditioner": "diagonal"}}  # fmt: skip
+    path = write_recipe(tmp_path / "r.yaml", recipe(data, **changes, score={"dedupe": True, "precision": "bfloat16"}))
+    run = tmp_path / "run"
+    ended = nlpinf("run", path, "--out", run)
+    assert ended.status == 0 and "3 disjoint samples (22 of pretrain)" in ended.out, ended
+    asked = nlpinf(
+        "query", "--pretrain", run / "pretrain", "--finetune", run / "finetune", "--test", run / "data/test.jsonl",
+        "--out", tmp_path / "query", "--damping", 0.1, "--error-bars", 3, "--tolerance", 1e-4, "--curvature", "fisher",
+        "--solver", "minres", "--preconditioner", "diagonal", "--seed", 3, "--json",
+    )  # fmt: skip
+    assert asked.status == 0, asked
+    assert json.loads((run / "query/manifest.json").read_text(encoding="utf-8"))["settings"] == asked.json["settings"]
+    ended = nlpinf("score", "--query", tmp_path / "query", "--out", tmp_path / "scores", "--dedupe", "--precision", "bfloat16", "--part-rows", 2048)  # fmt: skip
+    assert ended.status == 0, ended
+    assert scored(tmp_path / "scores") == scored(run / "scores")
+    scores = Scores.open(run / "scores")
+    assert len(scores) == 60 and scores.manifest["identity"]["precision"] == "bfloat16"
+    assert all(row.standard_error is not None for row in scores.top(3))
+
+
+def test_a_sample_that_grows_by_recipe(root: Path, tmp_path: Path) -> None:
+    changes = {
+        "query__sample": "grow",
+        "query__sample_limit": 50,
+        "query__precision": "bfloat16",
+        "query__damping": 0.1,
+    }
+    out = copied(root / "run", tmp_path / "run", "pretrain", "finetune", "result.json", "data")
+    resolved = recipes.parse(recipe(root / "data", **changes))
+    recipes.dump(resolved, out / "recipe.yaml")
+    ended = nlpinf("run", write_recipe(tmp_path / "r.yaml", recipe(root / "data", **changes)), "--out", out)
+    assert ended.status == 0, ended
+    settings = Scores.open(out / "scores").manifest["query_vectors"]
+    assert [size["rows"] for size in settings["growth"]["sizes"]] == [50] and settings["growth"]["limit"] == 50
+    assert "sample of 50 rows" in ended.out and "reached its limit" in ended.out
+    step = settings["steps"][0]
+    assert step["solver"]["precision"] == "bfloat16" and step["sample"] == 50

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ import torch
 
 from nlpinf.data.corpus import Corpus
 from nlpinf.errors import BadInput
+from nlpinf.scoring import score
 from nlpinf.scoring.feed import feed_of
 from nlpinf.scoring.forward import BatchScores
+from nlpinf.scoring.making import Scoring
 from nlpinf.scoring.plan import plan
 from nlpinf.scoring.rows import RowScorer
 from tests.cases import WORDS
@@ -107,15 +111,68 @@ def test_the_first_encoding_is_paid_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found.options[0].hours * 3600 == pytest.approx(5 + 9)  # ten parts, of which the first takes longer
 
 
-def test_disk_is_what_the_folder_takes(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    from nlpinf.scoring import score
-
+@pytest.mark.parametrize("barred", [False, True])
+def test_disk_is_what_the_folder_takes(tmp_path: Path, barred: bool) -> None:
     draw = np.random.default_rng(0)
     stage = replace(pretrain_stage("gpt2 sdpa"), data=Corpus([" ".join(draw.choice(WORDS, 6)) for _ in range(600)]))
     vectors = query_vectors(stage, 3)
+    if barred:
+        vectors = replace(vectors, errors=tuple((vector,) for vector in vectors.vectors))
     found = plan(vectors, feed_of(stage.data), part_rows=200)
     score(vectors, out=tmp_path / "s", part_rows=200)
     size = sum(path.stat().st_size for path in (tmp_path / "s").glob("part-*"))
     assert found.disk_bytes == pytest.approx(size, rel=0.1) and found.parts == 3
     with pytest.raises(BadInput, match="at least 1"):
         plan(vectors, feed_of(stage.data), part_rows=200, sample=0)
+    with pytest.raises(BadInput, match="a part of 0 rows"):
+        plan(vectors, feed_of(stage.data), part_rows=0)
+
+
+@pytest.mark.parametrize(
+    "scoring",
+    [
+        Scoring(compress=0.2),
+        Scoring(precision="bfloat16"),
+        Scoring(mode="reverse", batch_size=3),
+        Scoring(token_scores=True, compiled=True),
+    ],
+)
+def test_what_is_timed_is_what_a_run_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scoring: Scoring) -> None:
+    draw = np.random.default_rng(0)
+    stage = replace(pretrain_stage("gpt2 sdpa"), data=Corpus([" ".join(draw.choice(WORDS, 6)) for _ in range(200)]))
+    vectors, used = query_vectors(stage, 2), []
+    scored = RowScorer.score
+
+    def noted(self: RowScorer, encoded: list[list[int]], rows: list[int]):  # type: ignore[no-untyped-def]
+        used.append((type(self._score), self.stage.precision, self.batch_size, self.compression is not None))
+        return scored(self, encoded, rows)
+
+    monkeypatch.setattr(RowScorer, "score", noted)
+    found = plan(vectors, feed_of(stage.data), scoring=scoring, part_rows=100, sample=50, processes=(1,))
+    timed = set(used)
+    used.clear()
+    ran = score(vectors, out=tmp_path / "s", part_rows=100, **asdict(scoring))
+    assert set(used) == timed and len(timed) == 1
+    assert found.scoring == ran.manifest["scoring"]
+
+
+def test_making_the_scorer_is_paid_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = replace(pretrain_stage("gpt2 sdpa"), data=Corpus(["the cat sat"] * 1000))
+    clock = [0.0]
+    made, scored = Scoring.scorer, RowScorer.score
+
+    def making(self: Scoring, *arguments: Any) -> RowScorer:
+        clock[0] += 30.0
+        return made(self, *arguments)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def scoring(self: RowScorer, *arguments: Any):  # type: ignore[no-untyped-def]
+        clock[0] += 0.001
+        return scored(self, *arguments)
+
+    monkeypatch.setattr(Scoring, "scorer", making)
+    monkeypatch.setattr(RowScorer, "score", scoring)
+    found = plan(query_vectors(stage), feed_of(stage.data), part_rows=100, processes=(1, 2))
+    assert [option.hours * 3600 for option in found.options] == pytest.approx([30.13, 30.065])  # 13 batches a part
+    assert found.seconds_start == pytest.approx(30)
