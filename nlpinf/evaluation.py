@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -48,6 +48,20 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             for config, implementation in experts:
                 config._experts_implementation_internal = implementation
             torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let the module compute `forward` within."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
 
 
 def _grouped_experts(model: nn.Module) -> list[tuple[Any, str]]:

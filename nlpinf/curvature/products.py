@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from nlpinf import parameters as P
 from nlpinf import processes, sharded
+from nlpinf.curvature.constant import Constants
 from nlpinf.curvature.operators import Operator, Shifted
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
@@ -160,6 +161,7 @@ class Curvature(Operator):
         # Of a sharded model every process makes each turn, without a batch of its own with another's, which counts nothing.
         self.batches = list(processes.turns(batches, sharded.is_sharded(stage.model)))
         self._turns = -(-len(batches) // processes.count())
+        self._constants = Constants(stage)
 
     def parts(self) -> list[Operator]:
         """Return an operator for every batch (of each process, in a group); their mean is this one."""
@@ -173,6 +175,7 @@ class Curvature(Operator):
     def at(self, precision: str | None) -> Curvature:
         other = copy.copy(self)
         other.stage, other.products = self.stage.at(precision), 0  # type: ignore[arg-type]
+        other._constants = Constants(other.stage)
         return other
 
     def product(self, vector: Parameters) -> Parameters:
@@ -180,14 +183,18 @@ class Curvature(Operator):
         total = P.sums_like(self.template)
         with evaluation(self.stage.model):
             for batch, own in self.batches:
-                if self.kind == "hessian":
-                    parts = hessian_product(self.stage, batch, vector, names)
-                else:
-                    sampled = self.seed if self.kind == "fisher" else None
-                    parts = gauss_newton_product(self.stage, batch, vector, names, sampled, float(own))
+                with self._constants.of(batch):
+                    parts = self._part(batch, vector, names, float(own))
                 for name, part in zip(names, parts):
                     total[name] += part
         return P.mean_like(processes.total(total), self.rows, self.template)
+
+    def _part(self, batch: Batch, vector: Parameters, names: list[str], weight: float) -> list[Tensor]:
+        if self.kind == "hessian":
+            return hessian_product(self.stage, batch, vector, names)
+        return gauss_newton_product(
+            self.stage, batch, vector, names, self.seed if self.kind == "fisher" else None, weight
+        )
 
 
 def noise_floor(operator: Operator, vector: Parameters, rows: int = 4) -> float:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from nlpinf.evaluation import replaced
 from nlpinf.scoring.forward import BatchScores
-from nlpinf.scoring.head import replaced
 from nlpinf.scoring.layers import Groups, Rule, Vectors, embedding, linear, normalisation, rule_of
 from nlpinf.scoring.reverse import ReverseScorer, through_head
 from nlpinf.tasks import Batch

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nlpinf.evaluation import evaluation, replaced
 from nlpinf.parameters import Parameters
-from nlpinf.stages import Stage, evaluation
+from nlpinf.stages import Stage
 from nlpinf.tasks import Batch, CrossEntropy, OutputLoss, Task
 
 CHUNK = 1 << 22  # outputs that exist at a time: 16 MiB in float32; less loses to more calls, more to memory traffic
@@ -121,20 +122,6 @@ def _low_products(stage: Stage) -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = before
-
-
-@contextmanager
-def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let the module compute `forward` within."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
 
 
 def _affine(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
