@@ -108,7 +108,12 @@ def predict(
     if json_:
         console.print_json({"m": vectors.stage.size, "sets": [_content(vectors, removed) for removed in found]})
         return
+    for k, (q, value) in enumerate(zip(vectors.queries, vectors.values)):
+        console.out.print(f"query {k}: {console.shown(q.name)}, value {value:.4f}", highlight=False)
+    console.out.print()
     console.out.print(_table(vectors, found))
+    for note in dict.fromkeys(removed.solution.note for removed in found):
+        console.out.print(f"Newton step by the {note}", highlight=False)
 
 
 def _content(vectors: QueryVectors, removed: Removed) -> dict[str, Any]:
@@ -126,13 +131,12 @@ def _content(vectors: QueryVectors, removed: Removed) -> dict[str, Any]:
 def _table(vectors: QueryVectors, found: list[Removed]) -> Table:
     title = f"Predicted change when rows are left out of the {vectors.stage.size:,} of the pretraining"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
-    for name in ("dropped", "rows", "query", "value", "first order", "Newton", "residual", "verdict"):
-        table.add_column(name, justify="left" if name in ("dropped", "query", "verdict") else "right")
+    for name in ("dropped", "rows", "query", "first order", "Newton", "residual", "verdict"):
+        table.add_column(name, justify="left" if name in ("dropped", "verdict") else "right")
     for removed in found:
         end = removed.solution
-        for k, q in enumerate(vectors.queries):
+        for k in range(len(vectors.queries)):
             head = [console.shown(removed.name), f"{len(removed.rows):,}"] if k == 0 else ["", ""]
-            tail = [f"{end.residual:.1e}", f"{end.verdict} ({end.note})"] if k == 0 else ["", ""]
-            figures = (f"{vectors.values[k]:.4g}", f"{removed.first_order[k]:+.3e}", f"{removed.newton[k]:+.3e}")
-            table.add_row(*head, console.shown(q.name, 40), *figures, *tail)
+            tail = [f"{end.residual:.1e}", end.verdict] if k == 0 else ["", ""]
+            table.add_row(*head, str(k), f"{removed.first_order[k]:+.3e}", f"{removed.newton[k]:+.3e}", *tail)
     return table
