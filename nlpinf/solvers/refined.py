@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,6 @@ from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
 from nlpinf.solvers.base import (
     Checkpoint,
-    EachAlone,
     Preconditioner,
     Progress,
     Solution,
@@ -33,7 +32,7 @@ _ROUNDS = 30
 
 
 @dataclass(frozen=True)
-class Refined(EachAlone):
+class Refined:
     """Solves C x = b with the products of C̃, the same operator in low precision:
 
         r = b − C x (the model's precision),   C̃ d ≈ r (to a tolerance above C̃'s noise),   x += d
@@ -73,56 +72,104 @@ class Refined(EachAlone):
         start: Parameters | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> Solution:
-        scale = P.norm(right)
+        starts = None if start is None else [start]
+        return self.many(operator, [right], second, progress, starts, checkpoint)[0]
+
+    def many(
+        self,
+        operator: Operator,
+        rights: Sequence[Parameters],
+        second: Operator | None = None,
+        progress: Progress | None = None,
+        starts: Sequence[Parameters] | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> list[Solution]:
+        """Return the solution for every right-hand side; the inner solves are of all that are not done, so block CG's directions serve all."""
         if not (isinstance(operator, Shifted) and isinstance(operator.base, Curvature)):
             raise BadInput("low precision is for the curvature of a stage; use the solver itself for other operators")
-        if not math.isfinite(scale) or scale == 0.0:
-            return self._inner()(operator, right, second, progress, start, checkpoint)
-        own = noise_floor(operator, right)
+        plain = self._inner()
+        probe = next((b for b in rights if 0.0 < P.norm(b) < math.inf), None)
+        if probe is None:
+            return plain.many(operator, rights, second, progress, starts, checkpoint)
+        own = noise_floor(operator, probe)
         if self.tolerance < own:
             raise BadInput(
                 f"the tolerance is {self.tolerance:.1e}, but products in {_name(operator)} have noise of {own:.1e}: "
                 "give a larger tolerance, or a model of a larger dtype"
             )
-        low, before = operator.at(self.precision), operator.products
-        exact = operator @ right
-        floor = P.norm(P.axpy(-1.0, low @ right, exact)) / P.norm(exact)
+        low = operator.at(self.precision)
+        exact = operator @ probe
+        floor = P.norm(P.axpy(-1.0, low @ probe, exact)) / P.norm(exact)
         if not floor < 0.5:
-            solution = self._inner()(operator, right, second, progress, start, checkpoint)
             note = f"{self.precision} has noise of {floor:.1e}: not used"
-            return replace(solution, note="; ".join(filter(None, (solution.note, note))))
-
-        x, r = begun(operator, right, start)
-        reached, history, spent = P.norm(r) / scale, list[float](), low.products
-        verdict: Verdict = "not converged"
+            solutions = plain.many(operator, rights, second, progress, starts, checkpoint)
+            return [replace(s, note="; ".join(filter(None, (s.note, note)))) for s in solutions]
+        begins: Sequence[Parameters | None] = [None] * len(rights) if starts is None else starts
+        columns = [_Column(operator, b, start, self.tolerance) for b, start in zip(rights, begins)]
         for number in range(_ROUNDS):
-            if reached <= self.tolerance:
+            left = [c for c in columns if c.open(self.solver.max_iterations)]
+            if not left:
                 break
-            aim = min(0.5, max(self.tolerance / reached * 0.5, 2 * floor, _DEEPEST))
-            left = max(1, self.solver.max_iterations - len(history))
-            inner = self._inner(tolerance=aim, max_iterations=left)
-            (part,) = in_part(checkpoint, f"round-{number}", _round(inner, low, r, progress))
-            spent += part.products
-            history += [reached * h for h in part.history]
-            if part.verdict not in ("converged", "not converged"):
-                verdict = part.verdict
-                break
-            x = P.axpy(1.0, part.vector, x)
-            r = P.axpy(-1.0, operator @ x, right)
-            size = P.norm(r) / scale
-            if not size < 0.9 * reached or size <= self.tolerance or len(history) >= self.solver.max_iterations:
-                break
-            reached = size
-        note = f"{spent} products in {self.precision} (noise {floor:.1e}), {operator.products - before} in {_name(operator)}"
+            aim = min(0.5, max(self.tolerance / max(c.reached for c in left) * 0.5, 2 * floor, _DEEPEST))
+            spent = max(len(c.history) for c in left)
+            inner = self._inner(tolerance=aim, max_iterations=max(1, self.solver.max_iterations - spent))
+            parts = in_part(checkpoint, f"round-{number}", _round(inner, low, [c.r for c in left], progress))
+            for column, part in zip(left, parts):
+                column.add(part)
         name = f"refined {self.solver.settings()['name']}"
-        solution = finished(name, operator, second, right, x, verdict, self.tolerance, history, before, note)
-        return replace(solution, products=solution.products + spent)
+        note = f"products in {self.precision} (noise {floor:.1e})"
+        return [column.solution(name, second, note) for column in columns]
+
+
+class _Column:
+    """One right-hand side's answer so far: x, r = b − C x and ‖r‖/‖b‖."""
+
+    def __init__(self, operator: Operator, right: Parameters, start: Parameters | None, tolerance: float) -> None:
+        self.operator, self.right, self.tolerance, self.scale = operator, right, tolerance, P.norm(right)
+        before = operator.products
+        self.verdict: Verdict = "not converged"
+        self.history: list[float] = []
+        self.low = 0
+        self.done = True
+        if 0.0 < self.scale < math.inf:
+            self.x, self.r = begun(operator, right, start)
+            self.reached, self.done = P.norm(self.r) / self.scale, False
+        self.exact = operator.products - before
+
+    def open(self, most: int) -> bool:
+        """Whether it needs another round."""
+        return not self.done and self.reached > self.tolerance and len(self.history) < most
+
+    def add(self, part: Solution) -> None:
+        """Add the answer to C̃ d ≈ r; done where that was no answer, or the residual does not fall any more."""
+        self.low += part.products
+        self.history += [self.reached * h for h in part.history]
+        if part.verdict not in ("converged", "not converged"):
+            self.verdict, self.done = part.verdict, True
+            return
+        self.x = P.axpy(1.0, part.vector, self.x)
+        self.r = P.axpy(-1.0, self.operator @ self.x, self.right)
+        self.exact += 1
+        size = P.norm(self.r) / self.scale
+        self.done, self.reached = not size < 0.9 * self.reached, size
+
+    def solution(self, name: str, second: Operator | None, note: str) -> Solution:
+        operator = self.operator
+        if not 0.0 < self.scale < math.inf:
+            verdict: Verdict = "converged" if self.scale == 0.0 else "not finite"
+            zero = P.zeros_like(self.right)
+            return finished(name, operator, second, self.right, zero, verdict, self.tolerance, [], operator.products)
+        before = operator.products - self.exact
+        limits = (self.verdict, self.tolerance, self.history, before)
+        end = finished(name, operator, second, self.right, self.x, *limits)
+        note = f"{self.low} {note}, {operator.products - before} in {_name(operator)}"
+        return replace(end, products=end.products + self.low, note=note)
 
 
 def _round(
-    inner: Any, low: Operator, r: Parameters, progress: Progress | None
+    inner: Any, low: Operator, rights: list[Parameters], progress: Progress | None
 ) -> Callable[[Checkpoint | None], list[Solution]]:
-    return lambda part: [inner(low, r, None, progress, None, part)]
+    return lambda part: inner.many(low, rights, None, progress, None, part)
 
 
 def _name(operator: Operator) -> str:
