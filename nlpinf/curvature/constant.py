@@ -22,14 +22,14 @@ from nlpinf.evaluation import replaced
 from nlpinf.stages import Stage
 from nlpinf.tasks import Batch
 
-LIMIT = 1 << 30  # bytes that are kept for one curvature sample; batches beyond are computed anew each time
+KEEP = 1 << 30  # bytes for one curvature sample; batches beyond are computed anew each time
 
 
 class Constants:
     """The constant parts' outputs for the batches of one curvature sample, kept from each batch's first use on."""
 
-    def __init__(self, stage: Stage, limit: int = LIMIT) -> None:
-        self.stage, self._room = stage, limit
+    def __init__(self, stage: Stage, limit: int = KEEP) -> None:
+        self.stage, self.limit, self._room = stage, limit, limit
         named = dict(stage.model.named_parameters())
         trained = {id(named[name]) for name in stage.theta}
         self._parts = [] if sharded.is_sharded(stage.model) else list(_parts(stage.model, trained))

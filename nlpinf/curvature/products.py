@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from nlpinf import parameters as P
 from nlpinf import processes, sharded
-from nlpinf.curvature.constant import Constants
+from nlpinf.curvature.constant import KEEP, Constants
 from nlpinf.curvature.operators import Operator, Shifted
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
@@ -148,9 +148,12 @@ class Curvature(Operator):
 
     `indices`  positions of the rows in the stage's data (the curvature sample); batches are made once and kept
     `kind`     "hessian", "ggn" or "fisher"; the module's docstring gives the formulas
+    `keep`     bytes of what no trained parameter reaches (a frozen encoder's outputs) that are kept from product to product
     """
 
-    def __init__(self, stage: Stage, kind: CurvatureKind, indices: Sequence[int] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, stage: Stage, kind: CurvatureKind, indices: Sequence[int] | None = None, seed: int = 0, keep: int = KEEP
+    ) -> None:
         super().__init__(stage.theta)
         if kind not in ("hessian", "ggn", "fisher"):
             raise BadInput(f"curvature {kind!r} is none of 'hessian', 'ggn', 'fisher'")
@@ -161,7 +164,7 @@ class Curvature(Operator):
         # Of a sharded model every process makes each turn, without a batch of its own with another's, which counts nothing.
         self.batches = list(processes.turns(batches, sharded.is_sharded(stage.model)))
         self._turns = -(-len(batches) // processes.count())
-        self._constants = Constants(stage)
+        self._constants = Constants(stage, keep)
 
     def parts(self) -> list[Operator]:
         """Return an operator for every batch (of each process, in a group); their mean is this one."""
@@ -175,7 +178,7 @@ class Curvature(Operator):
     def at(self, precision: str | None) -> Curvature:
         other = copy.copy(self)
         other.stage, other.products = self.stage.at(precision), 0  # type: ignore[arg-type]
-        other._constants = Constants(other.stage)
+        other._constants = Constants(other.stage, self._constants.limit)
         return other
 
     def product(self, vector: Parameters) -> Parameters:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from nlpinf import parameters as P
 from nlpinf.curvature import Curvature
-from nlpinf.curvature.constant import Constants
 from nlpinf.stages import Stage
 from nlpinf.tasks import Classification
 
@@ -53,8 +52,7 @@ def stage(trained: list[str], **settings: Any) -> Stage:
 
 def without(s: Stage, kind: Any, vectors: list[P.Parameters]) -> list[P.Parameters]:
     """Products of the same stage in which nothing is kept."""
-    operator = Curvature(copy.deepcopy(s), kind)
-    operator._constants._parts = []
+    operator = Curvature(copy.deepcopy(s), kind, keep=0)
     return [operator @ v for v in vectors]
 
 
@@ -96,8 +94,8 @@ def test_what_is_written_over_is_not_kept() -> None:
 def test_no_more_is_kept_than_the_limit() -> None:
     s = stage(["above"])
     vectors = [P.random_like(s.theta, seed) for seed in range(3)]
-    expected, operator = without(s, "ggn", vectors), Curvature(s, "ggn")
-    operator._constants = Constants(s, limit=2 * 3 * 2 * 5 * 8)  # two batches of three rows, two parts, five float64
+    two = 2 * 3 * 2 * 5 * 8  # two batches of three rows, two parts, five float64
+    expected, operator = without(s, "ggn", vectors), Curvature(s, "ggn", keep=two)
     for v, truth in zip(vectors, expected):
         for name, found in (operator @ v).items():
             torch.testing.assert_close(found, truth[name], rtol=1e-13, atol=1e-14)
