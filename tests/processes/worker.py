@@ -21,7 +21,7 @@ from tests.cases import case
 from tests.processes.chain import chain
 from tests.processes.interrupted import goes_on
 
-SOLVED = {"float32": 1e-5, "float64": 1e-10}  # residuals of the solves
+SOLVED = {"float32": 1e-5, "float64": 1e-8}  # residuals of the solves
 
 
 def results(made: Chain) -> dict[str, Parameters]:
@@ -53,7 +53,7 @@ def results(made: Chain) -> dict[str, Parameters]:
         ("grow", {"sample": Growing(2, probe=5, spearman=0.9999)}),
         ("bars", {"sample": 2, "error_bars": 2}),
     ):
-        vectors = query_vectors(made, queries, damping=0.05, solver=solver, **more)  # type: ignore[arg-type]
+        vectors = query_vectors(made, queries[:1], damping=0.05, solver=solver, **more)  # type: ignore[arg-type]
         trees = [*vectors.vectors, *(e for errors in vectors.errors for e in errors)]
         found |= {f"v{i} {name}": tree for i, tree in enumerate(trees)}
         if "growth" in vectors.settings:
