@@ -89,15 +89,14 @@ def test_operators_without_a_network_are_refused() -> None:
         Refined(CG())(Matrix(right, torch.eye(2)), right)
 
 
-@pytest.mark.parametrize("family", ["bert sdpa", "gpt2 eager"])
-def test_many_right_hand_sides_share_their_low_products(family: str) -> None:
+def test_many_right_hand_sides_share_their_low_products() -> None:
     """Each residual, in float64, is as small as asked; zero stays zero; together they need fewer products than alone."""
-    operator, _ = system(family)
-    rights = [P.random_like(operator.template, seed) for seed in range(6)]
+    operator, _ = system("gpt2 eager")
+    rights = [P.random_like(operator.template, seed) for seed in range(4)]
     rights.insert(3, P.zeros_like(rights[0]))
     solver = Refined(CG(1e-4))
     together = solver.many(operator, rights)
-    exact, _ = system(family, dtype=torch.float64)
+    exact, _ = system("gpt2 eager", dtype=torch.float64)
     for right, solution in zip(rights, together):
         assert solution.converged and P.finite(solution.vector)
         if P.norm(right):
