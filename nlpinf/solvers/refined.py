@@ -110,7 +110,8 @@ class Refined:
             left = [c for c in columns if c.open(self.solver.max_iterations)]
             if not left:
                 break
-            aim = min(0.5, max(self.tolerance / max(c.reached for c in left) * 0.5, 2 * floor, _DEEPEST))
+            wanted = self.tolerance / max(c.reached for c in left)  # less what the noise adds to the true residual
+            aim = min(0.5, max(wanted - 2 * floor, wanted / 2, 2 * floor, _DEEPEST))
             spent = max(len(c.history) for c in left)
             inner = self._inner(tolerance=aim, max_iterations=max(1, self.solver.max_iterations - spent))
             parts = in_part(checkpoint, f"round-{number}", _round(inner, low, [c.r for c in left], progress))
