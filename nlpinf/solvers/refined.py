@@ -43,7 +43,7 @@ class Refined:
     `preconditioner`  for the inner solver
     `precision`  "bfloat16" or "float16" (forward and backward pass under autocast; losses, sums and vectors as before)
 
-    The noise of C̃ on b, ‖C̃b − Cb‖/‖Cb‖, and that of C itself against float64, are measured first. Where C̃'s is above ½
+    The noise of C̃ on the first b, ‖C̃b − Cb‖/‖Cb‖, and that of C itself against float64, are measured first. Where C̃'s is above ½
     a refinement step gains nothing, and the solver runs on C; a tolerance below C's own raises `BadInput` with the number.
     """
 
@@ -106,6 +106,8 @@ class Refined:
             return [replace(s, note="; ".join(filter(None, (s.note, note)))) for s in solutions]
         begins: Sequence[Parameters | None] = [None] * len(rights) if starts is None else starts
         columns = [_Column(operator, b, start, self.tolerance) for b, start in zip(rights, begins)]
+        probed = next(column for column in columns if column.right is probe)
+        probed.low, probed.exact = probed.low + 1, probed.exact + 1
         for number in range(_ROUNDS):
             left = [c for c in columns if c.open(self.solver.max_iterations)]
             if not left:
