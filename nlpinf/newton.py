@@ -58,7 +58,10 @@ class Without(Operator):
         self.share = 1 - len(lost) / stage.size
 
     def product(self, vector: Parameters) -> Parameters:
-        return P.scaled(self.share, self.base @ vector)
+        return self.block([vector])[0]
+
+    def block(self, vectors: Sequence[Parameters]) -> list[Parameters]:
+        return [P.scaled(self.share, product) for product in self.base.many(vectors)]
 
 
 def predict(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,15 +28,24 @@ class Operator(ABC):
         return (P.size(self.template),) * 2
 
     def __matmul__(self, vector: Parameters) -> Parameters:
-        if vector.keys() != self.template.keys():
-            odd = sorted(vector.keys() ^ self.template.keys())[0]
-            raise BadInput(f"the vector's names differ from the operator's, first {odd!r}")
-        self.products += 1
-        return self.product(vector)
+        return self.many([vector])[0]
+
+    def many(self, vectors: Sequence[Parameters]) -> list[Parameters]:
+        """Return the products with several vectors, which can cost less than one after the other."""
+        for vector in vectors:
+            if vector.keys() != self.template.keys():
+                odd = sorted(vector.keys() ^ self.template.keys())[0]
+                raise BadInput(f"the vector's names differ from the operator's, first {odd!r}")
+        self.products += len(vectors)
+        return self.block(vectors)
 
     @abstractmethod
     def product(self, vector: Parameters) -> Parameters:
         """Return the product; `vector` has the operator's names."""
+
+    def block(self, vectors: Sequence[Parameters]) -> list[Parameters]:
+        """Return the products; an operator that shares work among them does it here."""
+        return [self.product(vector) for vector in vectors]
 
     def parts(self) -> list[Operator]:
         """Return operators whose mean is this one, each cheaper where there are several: for stochastic solvers."""
@@ -52,7 +61,7 @@ class Operator(ABC):
         Its standard error is about √2 ‖C − diag C‖_F / (P √probes), small for large P.
         """
         draws = [P.random_like(self.template, seed * 7919 + i, P.rademacher) for i in range(probes)]
-        return sum(P.dot(z, self @ z) for z in draws) / (probes * self.shape[0])
+        return sum(P.dot(z, cz) for z, cz in zip(draws, self.many(draws))) / (probes * self.shape[0])
 
 
 class Shifted(Operator):
@@ -74,8 +83,14 @@ class Shifted(Operator):
         return Shifted(self.base.at(precision), self.shift, self.damping)
 
     def product(self, vector: Parameters) -> Parameters:
-        product = self.base @ vector
-        return {n: torch.add(product[n], v, alpha=self.shift[n] + self.damping) for n, v in vector.items()}
+        return self.block([vector])[0]
+
+    def block(self, vectors: Sequence[Parameters]) -> list[Parameters]:
+        diagonal = {name: shift + self.damping for name, shift in self.shift.items()}
+        return [
+            {n: torch.add(product[n], v, alpha=diagonal[n]) for n, v in vector.items()}
+            for vector, product in zip(vectors, self.base.many(vectors))
+        ]
 
 
 class Matrix(Operator):

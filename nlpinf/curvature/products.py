@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
 from weakref import WeakSet
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.func import jvp, vjp, vmap
 
 from nlpinf import parameters as P
 from nlpinf import processes, sharded
@@ -35,7 +37,10 @@ from nlpinf.tasks import Batch
 
 CurvatureKind = Literal["hessian", "ggn", "fisher"]
 
+_TOGETHER = 1 << 29  # bytes that the outputs' tangents of one batch may take where several products are made at once
+
 _reverse_only: WeakSet[nn.Module] = WeakSet()  # models whose backward pass turned out to have no forward mode
+_one_by_one: WeakSet[nn.Module] = WeakSet()  # models of which `vmap` turned out to make no several products
 
 
 def _dual_outputs(stage: Stage, batch: Batch, theta: Parameters, tangent: Parameters) -> Tensor:
@@ -143,6 +148,43 @@ def _inner(stage: Stage, batch: Batch, outputs: Tensor, moved: Tensor, sampled: 
     return inner * stage.item_weights(batch)[:, None]
 
 
+def products_at_once(
+    stage: Stage, batch: Batch, kind: CurvatureKind, vectors: Sequence[Parameters], seed: int
+) -> Iterator[Parameters]:
+    """Yield the product's sum over the batch for every v in `vectors`, all of the same names; `kind` as in `Curvature`.
+
+    What does not depend on v (the forward pass, and for the Hessian the backward pass beside it) is run once, or where the
+    outputs' tangents are large once for as many v as `_TOGETHER` allows.
+    """
+    theta, loss = P.select(stage.parameters, vectors[0]), stage.task.loss
+    weights = stage.item_weights(batch)[:, None]
+
+    def outputs(parameters: Parameters) -> Tensor:
+        return stage.outputs(batch, parameters)
+
+    def gradient(parameters: Parameters) -> Parameters:
+        values, pull = vjp(outputs, parameters)[:2]
+        return pull(weights * loss.gradient(values, batch.targets))[0]
+
+    def along(function: Callable[[Parameters], Any], stacked: Parameters) -> Any:
+        return vmap(lambda v: jvp(function, (theta,), (v,))[1])(stacked)
+
+    with torch.no_grad() if kind == "hessian" else nullcontext():
+        values, pull = vjp(outputs, theta)[:2]
+    width = max(1, _TOGETHER // max(1, values.nbytes))
+    for start in range(0, len(vectors), width):
+        chosen = vectors[start : start + width]
+        stacked = {name: torch.stack([v[name] for v in chosen]) for name in theta}
+        if kind == "hessian":
+            found = along(gradient, stacked)
+        else:
+            moved = along(outputs, stacked)
+            for i in range(len(chosen)):
+                moved[i] = _inner(stage, batch, values.detach(), moved[i], seed if kind == "fisher" else None)
+            (found,) = vmap(pull)(moved)
+        yield from ({name: found[name][i].detach() for name in theta} for i in range(len(chosen)))
+
+
 class Curvature(Operator):
     """The curvature of a stage's mean loss over fixed rows, without weight decay or damping (`Shifted` adds them).
 
@@ -182,22 +224,35 @@ class Curvature(Operator):
         return other
 
     def product(self, vector: Parameters) -> Parameters:
-        names = list(self.template)
-        total = P.sums_like(self.template)
+        return self.block([vector])[0]
+
+    def block(self, vectors: Sequence[Parameters]) -> list[Parameters]:
+        totals = [P.sums_like(self.template) for _ in vectors]
         with evaluation(self.stage.model):
             for batch, own in self.batches:
                 with self._constants.of(batch):
-                    parts = self._part(batch, vector, names, float(own))
-                for name, part in zip(names, parts):
-                    total[name] += part
-        return P.mean_like(processes.total(total), self.rows, self.template)
+                    for total, parts in zip(totals, self._parts(batch, vectors, float(own))):
+                        for name, part in parts.items():
+                            total[name] += part
+        return [P.mean_like(processes.total(total), self.rows, self.template) for total in totals]
 
-    def _part(self, batch: Batch, vector: Parameters, names: list[str], weight: float) -> list[Tensor]:
+    def _parts(self, batch: Batch, vectors: Sequence[Parameters], weight: float) -> Iterable[Parameters]:
+        model = self.stage.model
+        if len(vectors) > 1 and not sharded.is_sharded(model) and model not in _one_by_one:
+            try:
+                return list(products_at_once(self.stage, batch, self.kind, vectors, self.seed))
+            except (RuntimeError, ValueError):  # an operation without a rule for many at once
+                _one_by_one.add(model)
+        return (self._part(batch, vector, weight) for vector in vectors)
+
+    def _part(self, batch: Batch, vector: Parameters, weight: float) -> Parameters:
+        names = list(self.template)
         if self.kind == "hessian":
-            return hessian_product(self.stage, batch, vector, names)
-        return gauss_newton_product(
-            self.stage, batch, vector, names, self.seed if self.kind == "fisher" else None, weight
-        )
+            parts = hessian_product(self.stage, batch, vector, names)
+        else:
+            sampled = self.seed if self.kind == "fisher" else None
+            parts = gauss_newton_product(self.stage, batch, vector, names, sampled, weight)
+        return dict(zip(names, parts))
 
 
 def noise_floor(operator: Operator, vector: Parameters, rows: int = 4) -> float:

@@ -286,17 +286,41 @@ def finished(
     note: str = "",
 ) -> Solution:
     """Measure the true residuals of `vector` and close the solve; only they decide between converged and not."""
-    scale = P.norm(right)
-    second_before = second.products if second is not None else 0
+    spent = operator.products - products_before
+    return all_finished(solver, operator, second, [right], [vector], [verdict], tolerance, [history], [spent], note)[0]
 
-    def relative(of: Operator) -> float:
-        return P.norm(P.axpy(-1.0, of @ vector, right)) / scale if scale else 0.0
 
-    residual = relative(operator)
-    other = relative(second) if second is not None else None
-    if not math.isfinite(residual) or not P.finite(vector):
-        verdict = "not finite"
-    elif verdict in ("converged", "not converged"):
-        verdict = "converged" if residual <= tolerance else "not converged"
-    spent = operator.products - products_before + (second.products - second_before if second is not None else 0)
-    return Solution(vector, verdict, residual, other, spent, tolerance, operator.damping, solver, history, note)
+def all_finished(
+    solver: str,
+    operator: Operator,
+    second: Operator | None,
+    rights: Sequence[Parameters],
+    vectors: Sequence[Parameters],
+    verdicts: Sequence[Verdict],
+    tolerance: float,
+    histories: Sequence[list[float]],
+    spent: Sequence[int],
+    note: str = "",
+) -> list[Solution]:
+    """Close several solves as `finished` does one; `spent` products went to each before this check."""
+    scales = [P.norm(right) for right in rights]
+
+    def relative(of: Operator) -> list[float]:
+        errors = [P.axpy(-1.0, product, right) for product, right in zip(of.many(vectors), rights)]
+        return [P.norm(error) / scale if scale else 0.0 for error, scale in zip(errors, scales)]
+
+    residuals = relative(operator)
+    others: list[Any] = [None] * len(rights) if second is None else relative(second)
+    solutions = []
+    for i, (vector, verdict, residual) in enumerate(zip(vectors, verdicts, residuals)):
+        if not math.isfinite(residual) or not P.finite(vector):
+            verdict = "not finite"
+        elif verdict in ("converged", "not converged"):
+            verdict = "converged" if residual <= tolerance else "not converged"
+        products = spent[i] + (1 if second is None else 2)
+        solutions.append(
+            Solution(
+                vector, verdict, residual, others[i], products, tolerance, operator.damping, solver, histories[i], note
+            )
+        )
+    return solutions

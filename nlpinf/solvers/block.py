@@ -27,8 +27,8 @@ from nlpinf.solvers.base import (
     Solution,
     State,
     Verdict,
+    all_finished,
     begun,
-    finished,
     iterated,
 )
 
@@ -73,6 +73,10 @@ class Columns:
             part = (w @ tensor.flatten(1)).view(len(w), *tensor.shape[1:])
             made[name] = part if onto is None else onto.tensors[name] + part
         return Columns(made)
+
+    def through(self, operator: Operator) -> Columns:
+        """Return the columns C self_i."""
+        return Columns.of(operator.many([self[i] for i in range(len(self))]))
 
     def mapped(self, function: Callable[[Parameters], Parameters]) -> Columns:
         """Return the columns function(self_i)."""
@@ -119,31 +123,23 @@ def block_cg(
     """Return the solution of C x = b for every b in `rights`; `max_iterations` counts a block of products as one."""
     scales = [P.norm(b) for b in rights]
     live = [i for i, s in enumerate(scales) if math.isfinite(s) and s > 0]
-    ends: dict[int, Verdict] = {
-        i: "converged" if s == 0 else "not finite" for i, s in enumerate(scales) if i not in live
-    }
-    vectors = {i: P.zeros_like(rights[i]) for i in ends}
-    histories: dict[int, list[float]] = {i: [] for i in range(len(rights))}
-    spent = {i: 0.0 for i in range(len(rights))}
+    vectors = [P.zeros_like(b) for b in rights]
+    ends: list[Verdict] = ["converged" if s == 0 else "not finite" for s in scales]
+    histories: list[list[float]] = [[] for _ in rights]
+    spent = [0] * len(rights)
     if live:
         b = Columns.of([P.scaled(1 / scales[i], rights[i]) for i in live])
         guesses = [None if starts is None else P.scaled(1 / scales[i], starts[i]) for i in live]
         run = _Run(operator, b, precondition, tolerance, progress)
         s, before = iterated(_State, lambda: run.begin(guesses), run.advance, max_iterations, operator, checkpoint)
-        share = (operator.products - before) / len(live)
+        share = math.ceil((operator.products - before) / len(live))
         x, verdict = Columns(s.x), s.verdict or "not converged"
         sizes = Columns(s.r).gram_diagonal().sqrt()
         for column, i in enumerate(live):
             vectors[i] = P.scaled(scales[i], x[column])
             ends[i] = "converged" if float(sizes[column]) <= tolerance else verdict
             histories[i], spent[i] = s.histories[column], share
-    solutions = []
-    for i, right in enumerate(rights):
-        before = operator.products - math.ceil(spent[i])
-        solutions.append(
-            finished("block cg", operator, second, right, vectors[i], ends[i], tolerance, histories[i], before)
-        )
-    return solutions
+    return all_finished("block cg", operator, second, rights, vectors, ends, tolerance, histories, spent)
 
 
 @dataclass(frozen=True)
@@ -173,7 +169,7 @@ class _Run:
         if s.verdict != "converged":
             return
         x = Columns(s.x)
-        r = x.mapped(lambda v: self.operator @ v).combined(-torch.eye(len(x), dtype=torch.float64), self.b)
+        r = x.through(self.operator).combined(-torch.eye(len(x), dtype=torch.float64), self.b)
         s.r, worst = r.tensors, float(r.gram_diagonal().sqrt().max())
         if self.tolerance < worst <= 0.5 * s.reached:  # else they are there, or rounding allows no better
             s.p, s.reached, s.verdict = None, worst, None
@@ -182,7 +178,7 @@ class _Run:
         assert s.p is not None
         x, r, p = Columns(s.x), Columns(s.r), Columns(s.p)
         s.iterations += 1
-        cp = p.mapped(lambda v: self.operator @ v)
+        cp = p.through(self.operator)
         d = p.gram(cp)
         if not bool(torch.isfinite(d).all()):
             s.verdict = "not finite"

@@ -85,13 +85,11 @@ class Nystrom:
         def halved(v: Parameters) -> Parameters:
             return v if root is None else root(v)
 
-        def product(v: Parameters) -> Parameters:
-            return P.axpy(-damping, v, halved(operator @ halved(v)))
-
         rank = min(self.rank, operator.shape[0])
         draws = Columns.of([P.random_like(operator.template, self.seed * 104729 + i) for i in range(rank)])
         draws = draws.orthonormal()
-        made = draws.mapped(product)
+        made = draws.mapped(halved).through(operator).mapped(halved)
+        made = draws.combined(-damping * torch.eye(len(draws), dtype=torch.float64), made)
         inner = draws.gram(made)
         if not bool(torch.isfinite(inner).all()):
             raise BadInput("a curvature product is not finite; run `nlpinf check` on the model")

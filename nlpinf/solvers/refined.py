@@ -20,8 +20,8 @@ from nlpinf.solvers.base import (
     Progress,
     Solution,
     Verdict,
+    all_finished,
     begun,
-    finished,
     in_part,
 )
 from nlpinf.solvers.cg import CG
@@ -105,11 +105,11 @@ class Refined:
             solutions = plain.many(operator, rights, second, progress, starts, checkpoint)
             return [replace(s, note="; ".join(filter(None, (s.note, note)))) for s in solutions]
         begins: Sequence[Parameters | None] = [None] * len(rights) if starts is None else starts
-        columns = [_Column(operator, b, start, self.tolerance) for b, start in zip(rights, begins)]
+        columns = [_Column(operator, b, start) for b, start in zip(rights, begins)]
         probed = next(column for column in columns if column.right is probe)
         probed.low, probed.exact = probed.low + 1, probed.exact + 1
         for number in range(_ROUNDS):
-            left = [c for c in columns if c.open(self.solver.max_iterations)]
+            left = [c for c in columns if c.open(self.tolerance, self.solver.max_iterations)]
             if not left:
                 break
             wanted = self.tolerance / max(c.reached for c in left)  # less what the noise adds to the true residual
@@ -117,56 +117,58 @@ class Refined:
             spent = max(len(c.history) for c in left)
             inner = self._inner(tolerance=aim, max_iterations=max(1, self.solver.max_iterations - spent))
             parts = in_part(checkpoint, f"round-{number}", _round(inner, low, [c.r for c in left], progress))
-            for column, part in zip(left, parts):
-                column.add(part)
+            moved = [column for column, part in zip(left, parts) if column.moved_by(part)]
+            for column, product in zip(moved, operator.many([column.x for column in moved])):
+                column.measure(product)
         name = f"refined {self.solver.settings()['name']}"
+        xs, verdicts, histories = ([getattr(c, what) for c in columns] for what in ("x", "verdict", "history"))
+        ends = all_finished(
+            name, operator, second, rights, xs, verdicts, self.tolerance, histories, [c.exact for c in columns]
+        )
         note = f"products in {self.precision} (noise {floor:.1e})"
-        return [column.solution(name, second, note) for column in columns]
+        return [
+            replace(end, products=end.products + c.low, note=f"{c.low} {note}, {c.exact + 1} in {_name(operator)}")
+            for c, end in zip(columns, ends)
+        ]
 
 
 class _Column:
-    """One right-hand side's answer so far: x, r = b − C x and ‖r‖/‖b‖."""
+    """One right-hand side's answer so far: x, r = b − C x and ‖r‖/‖b‖, with the products spent in both precisions."""
 
-    def __init__(self, operator: Operator, right: Parameters, start: Parameters | None, tolerance: float) -> None:
-        self.operator, self.right, self.tolerance, self.scale = operator, right, tolerance, P.norm(right)
+    def __init__(self, operator: Operator, right: Parameters, start: Parameters | None) -> None:
+        self.right, self.scale = right, P.norm(right)
         before = operator.products
         self.verdict: Verdict = "not converged"
         self.history: list[float] = []
-        self.low = 0
-        self.done = True
-        if 0.0 < self.scale < math.inf:
+        self.low, self.reached = 0, 1.0
+        self.done = not 0.0 < self.scale < math.inf
+        if self.done:
+            self.x, self.verdict = P.zeros_like(right), "converged" if self.scale == 0.0 else "not finite"
+        else:
             self.x, self.r = begun(operator, right, start)
-            self.reached, self.done = P.norm(self.r) / self.scale, False
+            self.reached = P.norm(self.r) / self.scale
         self.exact = operator.products - before
 
-    def open(self, most: int) -> bool:
+    def open(self, tolerance: float, most: int) -> bool:
         """Whether it needs another round."""
-        return not self.done and self.reached > self.tolerance and len(self.history) < most
+        return not self.done and self.reached > tolerance and len(self.history) < most
 
-    def add(self, part: Solution) -> None:
-        """Add the answer to C̃ d ≈ r; done where that was no answer, or the residual does not fall any more."""
+    def moved_by(self, part: Solution) -> bool:
+        """Add the answer to C̃ d ≈ r; done where that was no answer."""
         self.low += part.products
         self.history += [self.reached * h for h in part.history]
         if part.verdict not in ("converged", "not converged"):
             self.verdict, self.done = part.verdict, True
-            return
+            return False
         self.x = P.axpy(1.0, part.vector, self.x)
-        self.r = P.axpy(-1.0, self.operator @ self.x, self.right)
+        return True
+
+    def measure(self, product: Parameters) -> None:
+        """Take C x; done where the residual does not fall any more."""
         self.exact += 1
+        self.r = P.axpy(-1.0, product, self.right)
         size = P.norm(self.r) / self.scale
         self.done, self.reached = not size < 0.9 * self.reached, size
-
-    def solution(self, name: str, second: Operator | None, note: str) -> Solution:
-        operator = self.operator
-        if not 0.0 < self.scale < math.inf:
-            verdict: Verdict = "converged" if self.scale == 0.0 else "not finite"
-            zero = P.zeros_like(self.right)
-            return finished(name, operator, second, self.right, zero, verdict, self.tolerance, [], operator.products)
-        before = operator.products - self.exact
-        limits = (self.verdict, self.tolerance, self.history, before)
-        end = finished(name, operator, second, self.right, self.x, *limits)
-        note = f"{self.low} {note}, {operator.products - before} in {_name(operator)}"
-        return replace(end, products=end.products + self.low, note=note)
 
 
 def _round(

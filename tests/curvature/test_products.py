@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nlpinf import parameters as P
-from nlpinf.curvature import Curvature, Shifted, cross_product, curvature_samples
+from nlpinf.curvature import Curvature, Shifted, cross_product, curvature_samples, products
 from nlpinf.errors import BadInput
 from nlpinf.stages import Stage
 from nlpinf.tasks import Classification
@@ -30,6 +30,12 @@ def test_products_equal_the_dense_matrix(family: str, k: int, kind: str) -> None
     expected = matrix @ flat(v)
     assert operator.shape == tuple(matrix.shape)
     assert torch.linalg.norm(flat(operator @ v) - expected) <= 1e-10 * torch.linalg.norm(expected)
+    w = P.random_like(stage.theta, 4)
+    for product, vector in zip(operator.many([v, w, v]), (v, w, v)):
+        expected = matrix @ flat(vector)
+        assert torch.linalg.norm(flat(product) - expected) <= 1e-10 * torch.linalg.norm(expected)
+    assert operator.products == 4
+    assert stage.model not in products._one_by_one
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,3 +141,46 @@ def test_samples_are_disjoint_and_fixed() -> None:
     assert {*first, *second} <= set(range(100))
     assert len(curvature_samples(100, 80, 0)[1]) == 20
     assert curvature_samples(5, None, 0) == (list(range(5)), [])
+
+
+class _Doubled(torch.autograd.Function):
+    """2x, with derivatives of both modes but no rule for many at once."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        return 2 * g
+
+    @staticmethod
+    def jvp(ctx, t):  # type: ignore[no-untyped-def]
+        return 2 * t
+
+
+class _Own(Mlp):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Doubled.apply(super().forward(x))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def test_several_products_of_a_network_that_makes_only_one_at_a_time() -> None:
+    torch.manual_seed(0)
+    rows = [(torch.randn(3, dtype=torch.float64), torch.tensor(i % 3)) for i in range(9)]
+    stage = Stage(_Own("out", 3).double(), Classification(), rows)
+    operator = Curvature(stage, "ggn")
+    vectors = [P.random_like(stage.theta, i) for i in range(3)]
+    for product, v in zip(operator.many(vectors), vectors):
+        assert P.norm(P.axpy(-1.0, product, operator @ v)) <= 1e-12 * P.norm(product)
+    assert stage.model in products._one_by_one
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
+def test_memory_bounds_how_many_products_are_made_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = case("bert eager", "frozen").chain.stages[0]
+    operator = Curvature(stage, kind)  # type: ignore[arg-type]
+    vectors = [P.random_like(stage.theta, i) for i in range(5)]
+    together = operator.many(vectors)
+    monkeypatch.setattr(products, "_TOGETHER", 0)
+    for one, other in zip(together, operator.many(vectors)):
+        assert P.norm(P.axpy(-1.0, one, other)) <= 1e-12 * P.norm(one)
