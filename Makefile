@@ -27,8 +27,11 @@ check: environment
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two at a time, each with one thread: most tests are small, and many wait for processes that they start.
+PYTEST := python -m pytest -n 2 --dist worksteal
+
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
 
 # AllenNLP asks for an old torch but runs with this one, if its own requirements are not looked at. Its environment also is
 # the low end of the range of transformers, so the tests of models run in it too. 6.5 GB.
@@ -44,7 +47,7 @@ $(ALLENNLP)/.ready: pyproject.toml $(wildcard tests/requirements-allennlp*.txt) 
 	touch $@
 
 test-allennlp: $(ALLENNLP)/.ready
-	$(ALLENNLP)/bin/python -m pytest tests/interop tests/adapters tests/integrations tests/tasks
+	OMP_NUM_THREADS=1 $(ALLENNLP)/bin/$(PYTEST) tests/interop tests/adapters tests/integrations tests/tasks
 
 # TensorFlow and AllenNLP do not run in one process, so this has its own environment too.
 TENSORFLOW ?= .venv-tensorflow

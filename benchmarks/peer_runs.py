@@ -125,12 +125,12 @@ def told(
 
 
 def nlpinf(job: Job, folder: Path) -> None:
-    """Every parameter; vectors by five steps of conjugate gradient; exact, then compressed."""
+    """Every parameter; vectors by five steps of conjugate gradient; exact and compressed, as it is and compiled."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from nlpinf import CG, CausalLM, Chain, Query, Stage, query_vectors, score
+    from nlpinf import CG, CausalLM, Chain, Query, Stage, query_vectors
 
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>")
     stage = Stage(job.model(), CausalLM(words, WIDTH), job.corpus, reduction="example")
@@ -142,31 +142,47 @@ def nlpinf(job: Job, folder: Path) -> None:
         solver=CG(max_iterations=5),
     )  # fmt: skip
     fit = time.perf_counter() - began
-    for way, options in {"exact": {}, "compressed to 0.05": {"compress": 0.05}}.items():
+    import pyarrow.parquet as pq
+
+    from nlpinf.scoring.feed import feed_of
+    from nlpinf.scoring.making import Scoring
+    from nlpinf.scoring.tables import table
+
+    feed = feed_of(stage.data)
+    (part,) = feed.parts([0], len(job.corpus))
+    ways = {
+        "exact": Scoring(),
+        "exact, compiled": Scoring(compiled=True),
+        "exact, compiled, bfloat16": Scoring(compiled=True, precision="bfloat16"),
+        "compressed to 0.05": Scoring(compress=0.05),
+        "compressed to 0.05, compiled": Scoring(compress=0.05, compiled=True),
+    }
+    reference: Any = None
+    for way, scoring in ways.items():
+        began = time.perf_counter()
+        scorer = scoring.scorer(vectors, feed)  # what compression and compiling take is told with the fit
+        few = range(0, len(job.corpus), max(1, len(job.corpus) // 256))
+        scorer([part.examples[i] for i in few], [int(part.rows[i]) for i in few])
+        made = time.perf_counter() - began
         out = folder / way
+        out.mkdir()
         found: list[Any] = []
 
-        def run(out: Path = out, options: Any = options, found: list[Any] = found) -> None:
-            found.append(score(vectors, out=out, text=False, **options).manifest["scoring"])
+        def run(scorer: Any = scorer, out: Path = out, found: list[Any] = found) -> None:
+            scored = scorer(part.examples, part.rows.tolist())
+            found.append(scored.scores)
+            pq.write_table(table(scored, part, False), out / "scores.parquet")
 
-        began = time.perf_counter()
-        if options:  # what compression takes once is told with the fit: a second folder has it already
-            from nlpinf.scoring.compress import compressed, write_compression
-            from nlpinf.scoring.feed import feed_of
-            from nlpinf.scoring.manifest import scores_identity
+        told(job, f"every parameter, {way}", fit + made, job.corpus, run, out)
+        reference = found[0] if reference is None else reference
+        print(json.dumps({"note": f"{way}: least rank correlation with exact {correlation(found[0], reference):.5f}"}))
 
-            feed = feed_of(stage.data)
-            has = compressed(vectors, feed, options["compress"])
-            out.mkdir(parents=True)
-            identity = scores_identity(vectors, feed, 8192, False, False, options["compress"])
-            write_compression(out / "compressed.safetensors", has, identity)
-        told(job, f"every parameter, {way}", fit + time.perf_counter() - began, job.corpus, run, out)
-        if "compression" in found[0]:
-            measured = {
-                **found[0]["compression"]["measured"],
-                "multiplications": found[0]["compression"]["multiplications"],
-            }
-            print(json.dumps({"note": f"compressed: {measured}"}), flush=True)
+
+def correlation(one: Any, other: Any) -> float:
+    """Return the least Spearman correlation of two sets of scores (rows, queries)."""
+    from scipy.stats import spearmanr
+
+    return min(float(spearmanr(a, b).statistic) for a, b in zip(one.T, other.T))
 
 
 def kronfluence(job: Job, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,15 +133,15 @@ def test_refinement_replays_its_finished_rounds(tmp_path: Path, monkeypatch: pyt
         return Shifted(Curvature(stage, "ggn"), damping=0.1)
 
     undisturbed = solver(operator(), right)
-    product, made = Curvature.product, [0, 10**9]
+    block, made = Curvature.block, [0, 10**9]
 
-    def counted(self: Curvature, vector: P.Parameters) -> P.Parameters:
-        made[0] += 1
-        if made[0] == made[1]:
+    def counted(self: Curvature, vectors: Sequence[P.Parameters]) -> list[P.Parameters]:
+        made[0] += len(vectors)
+        if made[0] >= made[1]:
             raise Killed
-        return product(self, vector)
+        return block(self, vectors)
 
-    monkeypatch.setattr(Curvature, "product", counted)
+    monkeypatch.setattr(Curvature, "block", counted)
 
     def solve() -> list[Solution]:
         checkpoint = Checkpoints(tmp_path, 0).of_solve("x", {}, DEVICE)
@@ -171,15 +171,15 @@ def asked(folder: Path | None, **changes: Any) -> QueryVectors:
 def test_a_chain_goes_on_in_the_link_where_it_was(
     share: float, damping: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    product, made = Curvature.product, [0, 10**9]
+    block, made = Curvature.block, [0, 10**9]
 
-    def counted(self: Curvature, vector: P.Parameters) -> P.Parameters:
-        made[0] += 1
-        if made[0] == made[1]:
+    def counted(self: Curvature, vectors: Sequence[P.Parameters]) -> list[P.Parameters]:
+        made[0] += len(vectors)
+        if made[0] >= made[1]:
             raise Killed
-        return product(self, vector)
+        return block(self, vectors)
 
-    monkeypatch.setattr(Curvature, "product", counted)
+    monkeypatch.setattr(Curvature, "block", counted)
     undisturbed = asked(None, damping=damping)
     whole, made[0] = made[0], 0
     made[1] = int(share * whole)

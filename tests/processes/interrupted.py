@@ -21,7 +21,7 @@ from nlpinf.stages import Chain
 def goes_on(made: Chain, folder: Path) -> None:
     """Assert that a query out of products goes on to the bits of an undisturbed one, and another is refused by all."""
 
-    def asked(where: Path | None, budget: int = 500, restart: bool = False, damping: float = 0.05) -> QueryVectors:
+    def asked(where: Path | None, budget: int = 500, restart: bool = False, damping: float = 0.5) -> QueryVectors:
         told.clear()
         kept = None if where is None else Checkpoints(where, 0, restart=restart, say=told.append)
         queries = [Query.mean_loss(made.stages[-1].data), Query.loss(made.stages[-1].data[1])]
@@ -37,7 +37,7 @@ def goes_on(made: Chain, folder: Path) -> None:
     with pytest.raises(NotConverged):
         asked(folder, 3)
     with pytest.raises(BadInput, match="another damping"):
-        asked(folder, damping=0.06)
+        asked(folder, damping=0.6)
     same(asked(folder))
     assert any("goes on after" in line for line in told)
     same(asked(folder))

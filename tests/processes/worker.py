@@ -46,7 +46,7 @@ def results(made: Chain) -> dict[str, Parameters]:
     queries = [Query.mean_loss(made.stages[-1].data), Query.loss(made.stages[-1].data[1])]
     for preconditioner in ("none", "ekfac"):
         solver = CG(SOLVED[str(pretraining.dtype).removeprefix("torch.")])
-        vectors = query_vectors(made, queries, damping=0.05, solver=solver, preconditioner=preconditioner)
+        vectors = query_vectors(made, queries, damping=0.5, solver=solver, preconditioner=preconditioner)
         for i, v in enumerate(vectors.vectors):
             found[f"v{i} {preconditioner}"] = v
     for name, more in (
