@@ -5,11 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import activations
+
+# The same functions as one kernel, with one for each derivative: written out, they are a dozen passes over memory.
+_FUSED: dict[type[nn.Module], Callable[..., Any]] = {
+    activations.NewGELUActivation: partial(F.gelu, approximate="tanh"),
+    activations.FastGELUActivation: partial(F.gelu, approximate="tanh"),
+}
 
 
 @contextmanager
@@ -30,6 +39,9 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             # transformers before 5 masks with the least float64 in a tensor of the default dtype, which overflows.
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(torch.float64)
+        for module, _ in modes:
+            if type(module) in _FUSED:
+                stack.enter_context(replaced(module, _FUSED[type(module)]))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if recurrent:
             with warnings.catch_warnings():  # PyTorch's setter speaks of GPUs that a CPU-only build does not support

@@ -37,6 +37,7 @@ from nlpinf.tasks import Batch
 
 CurvatureKind = Literal["hessian", "ggn", "fisher"]
 
+_CACHED = 1 << 17  # entries of the outputs that are worked on at a time
 _TOGETHER = 1 << 29  # bytes that the outputs' tangents of one batch may take where several products are made at once
 
 _reverse_only: WeakSet[nn.Module] = WeakSet()  # models whose backward pass turned out to have no forward mode
@@ -138,14 +139,20 @@ def gauss_newton_product(
 
 @torch.no_grad()
 def _inner(stage: Stage, batch: Batch, outputs: Tensor, moved: Tensor, sampled: int | None) -> Tensor:
-    """Return w B J v of every item, (I, classes)."""
-    if sampled is None:
-        inner = stage.task.loss.hessian_product(outputs, batch.targets, moved)
-    else:
-        width = outputs.shape[-1] if batch.targets.is_floating_point() else 1
-        drawn = stage.task.loss.sampled_gradient(outputs, batch.uniform(sampled, width))
-        inner = drawn * (drawn * moved).sum(-1, keepdim=True)
-    return inner * stage.item_weights(batch)[:, None]
+    """Return w B J v of every item, (I, classes), some items at a time that stay in the processor's cache."""
+    loss, targets, weights = stage.task.loss, batch.targets, stage.item_weights(batch)[:, None]
+    uniform = None
+    if sampled is not None:
+        uniform = batch.uniform(sampled, outputs.shape[-1] if targets.is_floating_point() else 1)
+    found, rows = torch.empty_like(outputs), max(1, _CACHED // outputs.shape[-1])
+    for part in (slice(start, start + rows) for start in range(0, len(outputs), rows)):
+        if uniform is None:
+            inner = loss.hessian_product(outputs[part], targets[part], moved[part])
+        else:
+            drawn = loss.sampled_gradient(outputs[part], uniform[part])
+            inner = drawn * (drawn * moved[part]).sum(-1, keepdim=True)
+        torch.mul(inner, weights[part], out=found[part])
+    return found
 
 
 def products_at_once(
