@@ -5,8 +5,10 @@
     elmo      a small ELMo language model, random weights
 
 Right-hand sides are gradients of single rows outside the curvature sample; figures are medians over them. Dampings are
-multiples of the mean eigenvalue of the Gauss-Newton matrix on the sample. A product is one pass over the sample; what a
-preconditioner costs to make, once for all queries, stands beside it ("fit"). "–": not within --most products.
+multiples of the mean eigenvalue of the Gauss-Newton matrix on the sample. A product is one pass over the sample, of a block
+one for each of its members; seconds are those of all that a solve does, for a product. What a preconditioner costs to make,
+once for all queries, stands beside it ("fit"). "–": not within --most products, or not within the solver's means; "end" is the
+residual where the solve ended.
 
     python benchmarks/solvers.py --stages demo --demo demo --sample 256 --json
 """
@@ -27,12 +29,52 @@ from benchmarks import common
 from nlpinf.adapters.elmo import ElmoConfig, ElmoLM, Vocabulary
 from nlpinf.curvature import Curvature, Shifted, curvature_samples
 from nlpinf.data.corpus import Corpus
-from nlpinf.solvers import CG, MINRES, LiSSA, Solution, preconditioning
+from nlpinf.parameters import Parameters
+from nlpinf.solvers import CG, MINRES, Direct, LiSSA, Refined, Solution, preconditioning
+from nlpinf.solvers.base import Preconditioner
 from nlpinf.stages import Stage
 from nlpinf.tasks import BidirectionalLM
 
 LEVELS = (1e-1, 1e-2, 1e-3)
-PRECONDITIONERS = ("none", "diagonal", "ekfac", "nystrom", "ekfac+nystrom")
+WAYS = (
+    *(("cg", p) for p in ("none", "diagonal", "ekfac", "nystrom", "ekfac+nystrom", "spectral")),
+    *(("block", p) for p in ("none", "ekfac+nystrom")), ("refined", "none"),
+    ("minres", "none"), ("minres", "nystrom"), ("minres", "ekfac+nystrom"),
+    ("lissa", "none"), ("lissa", "ekfac"), ("direct", "ekfac"),
+)  # fmt: skip
+
+
+class Solve:
+    """Solves for several right-hand sides and keeps at which product each residual level was reached."""
+
+    def __init__(self, solver: str, most: int, inverse: Preconditioner | None) -> None:
+        makers: dict[str, Any] = {"lissa": LiSSA, "minres": MINRES}
+        self.kind = solver
+        if solver == "direct":
+            self.solver: Any = Direct(min(LEVELS), inverse)
+        else:
+            self.solver = makers.get(solver, CG)(min(LEVELS), most, inverse)
+        if solver == "refined":
+            self.solver = Refined(self.solver)
+
+    def __call__(self, operator: Shifted, rights: list[Parameters]) -> tuple[list[list[int | None]], list[Solution]]:
+        if self.kind == "block":
+            solutions = self.solver.many(operator, rights)
+            return [self._levels(list(enumerate(s.history, 1))) for s in solutions], solutions
+        found, solutions = [], []
+        for right in rights:
+            told: list[tuple[int, float]] = []
+            solutions.append(self.solver(operator, right, None, lambda k, r, told=told: told.append((k, r))))
+            if self.kind == "direct":
+                told = [(0, solutions[-1].residual)]
+            if self.kind == "refined":  # its history is of all rounds
+                told = list(enumerate(solutions[-1].history, 1))
+            found.append(self._levels(told))
+        return found, solutions
+
+    @staticmethod
+    def _levels(told: list[tuple[int, float]]) -> list[int | None]:
+        return [next((k for k, r in told if r <= level), None) for level in LEVELS]
 
 
 def stages(kind: str, arguments: Any) -> list[Stage]:
@@ -55,11 +97,6 @@ def stages(kind: str, arguments: Any) -> list[Stage]:
     return [Stage(ElmoLM(config, len(vocabulary)), BidirectionalLM(vocabulary, 32), Corpus(texts), name="elmo")]
 
 
-def reached(solution: Solution) -> list[int | None]:
-    """Return at which product the solver's residual reached each level."""
-    return [next((k + 1 for k, r in enumerate(solution.history) if r <= level), None) for level in LEVELS]
-
-
 def middle(values: list[int | None]) -> float | None:
     """Return the median, None where half of them never got there."""
     value = statistics.median([float("inf") if v is None else v for v in values])
@@ -75,14 +112,13 @@ def main() -> None:
     options.add_argument("--queries", type=int, default=5, help="right-hand sides (default 5)")
     options.add_argument("--factors", type=float, nargs="+", default=[1e-1, 1e-2, 1e-3], help="dampings, x mean")
     options.add_argument("--most", type=int, default=300, help="products of a solve at most (default 300)")
-    options.add_argument("--solvers", nargs="+", default=["cg", "block", "lissa", "minres"])
-    options.add_argument("--preconditioners", nargs="+", default=list(PRECONDITIONERS), choices=PRECONDITIONERS)
+    names = [f"{solver}:{preconditioner}" for solver, preconditioner in WAYS]
+    options.add_argument("--ways", nargs="+", default=names, choices=names, help="solver:preconditioner (all)")
     arguments = options.parse_args()
     common.settle(arguments)
-    makers: dict[str, Any] = {"cg": CG, "block": CG, "lissa": LiSSA, "minres": MINRES}
     results: list[dict[str, Any]] = []
     lines = [
-        "stage     damping  solver  preconditioner    products to 1e-1, 1e-2, 1e-3    s/product  fit s  fit products"
+        "stage     damping  solver   preconditioner  products to 1e-1, 1e-2, 1e-3      end  s/product  fit s  fit products"
     ]
     for stage in [s for kind in arguments.stages for s in stages(kind, arguments)]:
         sample, second = curvature_samples(stage.size, min(arguments.sample, stage.size // 2), 0)
@@ -91,29 +127,32 @@ def main() -> None:
         mean = Shifted(bare, stage.decay).mean_eigenvalue()
         for factor in arguments.factors:
             operator = Shifted(bare, stage.decay, factor * mean)
-            for name in arguments.preconditioners:
-                before, start = operator.products, time.perf_counter()
-                made = preconditioning(name)
-                inverse = None if made is None else made.fit(operator)
-                fit, fit_products = time.perf_counter() - start, operator.products - before
-                for solver in arguments.solvers:
-                    own = makers[solver](min(LEVELS), arguments.most, preconditioner=inverse)
+            fits: dict[str, tuple[Any, float, int]] = {}
+            for solver, name in (way.split(":") for way in arguments.ways):
+                if name not in fits or name == "spectral":
                     before, start = operator.products, time.perf_counter()
-                    solved = own.many(operator, rights) if solver == "block" else [own(operator, b) for b in rights]
-                    seconds = (time.perf_counter() - start) / max(1, operator.products - before)
-                    products = [middle(list(column)) for column in zip(*map(reached, solved))]
-                    results.append(
-                        {
-                            "stage": stage.name, "damping": factor, "solver": solver, "preconditioner": name,
-                            "products": products, "seconds_per_product": round(seconds, 3), "fit_seconds": round(fit, 2),
-                            "fit_products": fit_products, "products_for_all": operator.products - before,
-                        }
-                    )  # fmt: skip
-                    shown = "  ".join("–".rjust(5) if p is None else f"{p:5.0f}" for p in products)
-                    lines.append(
-                        f"{stage.name:9} {factor:7g}  {solver:6}  {name:16} {shown:>30}  {seconds:9.3f}  {fit:5.1f}  {fit_products:5}"
-                    )
-                    print(lines[-1], file=sys.stderr, flush=True)
+                    made = preconditioning(name)
+                    inverse = None if made is None else made.fit(operator)
+                    fits[name] = inverse, time.perf_counter() - start, operator.products - before
+                inverse, fit, fit_products = fits[name]
+                before, start = operator.products, time.perf_counter()
+                levels, solved = Solve(solver, arguments.most, inverse)(operator, rights)
+                spent = max(1, sum(s.products for s in solved))
+                seconds = (time.perf_counter() - start) / spent
+                products = [middle(list(column)) for column in zip(*levels)]
+                end = statistics.median(s.residual for s in solved)
+                results.append(
+                    {
+                        "stage": stage.name, "damping": factor, "solver": solver, "preconditioner": name,
+                        "products": products, "end": end, "seconds_per_product": round(seconds, 4),
+                        "fit_seconds": round(fit, 2), "fit_products": fit_products, "products_for_all": spent,
+                    }
+                )  # fmt: skip
+                shown = "  ".join("–".rjust(5) if p is None else f"{p:5.0f}" for p in products)
+                lines.append(
+                    f"{stage.name:9} {factor:7g}  {solver:7}  {name:14} {shown:>25}  {end:7.1e}  {seconds:9.3f}  {fit:5.1f}  {fit_products:5}"
+                )
+                print(lines[-1], file=sys.stderr, flush=True)
     settings = {"sample": arguments.sample, "queries": arguments.queries, "most": arguments.most}
     record = {"benchmark": "solvers", **settings, "results": results, "machine": common.machine(arguments.threads)}
     common.show(record, arguments.json, lines)
