@@ -15,6 +15,8 @@ from nlpinf.errors import BadInput
 
 Parameters = dict[str, Tensor]
 
+_PIECE = 1 << 17  # entries
+
 
 def of_model(model: nn.Module) -> Parameters:
     """Return every parameter of `model` by its first name, detached, sharing storage; tied weights appear once."""
@@ -32,8 +34,17 @@ def tied_groups(model: nn.Module) -> list[list[str]]:
 def dot(a: Parameters, b: Parameters) -> float:
     """Return ⟨a, b⟩ over the names of `a`, summed in float64."""
     _same_names(a, b)
-    total: Any = sum((a[name].double() * b[name].double()).sum() for name in a)
+    total: Any = sum(_dot(a[name], b[name]) for name in a)
     return float(gathered(total))
+
+
+def _dot(a: Tensor, b: Tensor) -> Any:
+    """Return ⟨a, b⟩ as a scalar tensor, float64; on a CPU in pieces that stay in its cache while they are widened."""
+    if hasattr(a, "full_tensor"):
+        return (a.double() * b.double()).sum()
+    size = _PIECE if a.device.type == "cpu" else max(1, a.numel())
+    pieces = zip(a.reshape(-1).split(size), b.reshape(-1).split(size))
+    return torch.stack([torch.dot(x.double(), y.double()) for x, y in pieces]).sum()
 
 
 def norm(a: Parameters) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import activations
 
 from nlpinf import parameters as P
 from nlpinf.curvature import Curvature, cross_product
@@ -328,3 +329,24 @@ def test_half_precision_sums_lose_nothing() -> None:
         for name in alone:
             assert summed[name].dtype == torch.bfloat16
             torch.testing.assert_close(summed[name], alone[name], rtol=2**-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["NewGELUActivation", "FastGELUActivation"])
+def test_a_gelu_that_is_written_out_runs_as_one_kernel_of_the_same_derivatives(kind: str) -> None:
+    module = getattr(activations, kind)()
+    x = torch.linspace(-6, 6, 101, dtype=torch.float64, requires_grad=True)
+
+    def derivatives() -> list[torch.Tensor]:
+        y = module(x)
+        (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), x)
+        return [y, first, second]
+
+    plain = derivatives()
+    with evaluation(module):
+        fused = derivatives()
+        assert type(fused[0].grad_fn).__name__ == "GeluBackward0"
+    assert type(module(x).grad_fn).__name__ != "GeluBackward0"
+    # sqrt(2/π) is 0.7978845608 in one of them.
+    for one, other in zip(fused, plain):
+        assert torch.allclose(one, other, rtol=0, atol=1e-9)
