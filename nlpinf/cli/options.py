@@ -22,6 +22,13 @@ Pretrain = Annotated[Path | None, typer.Option(help="The pretraining run, where 
 Empty = Annotated[EmptyPolicy, typer.Option(help="What empty lines are.")]
 TextColumn = Annotated[str, typer.Option(help="The column or key of the texts.")]
 Split = Annotated[str | None, typer.Option(help="The split of a data set.")]
+Streaming = Annotated[
+    bool,
+    typer.Option(
+        "--streaming",
+        help="Fetch a data set of the hub while it is read: twice, once to count and once to go through it.",
+    ),
+]
 Dedupe = Annotated[bool, typer.Option("--dedupe", help="Score equal texts once, with the first one's row number.")]
 Compress = Annotated[
     float | None,

@@ -29,6 +29,7 @@ def plan(
     empty: options.Empty = "error",
     text_column: options.TextColumn = "text",
     split: options.Split = None,
+    streaming: options.Streaming = False,
     dedupe: options.Dedupe = False,
     compress: options.Compress = None,
     precision: options.Precision = None,
@@ -51,7 +52,7 @@ def plan(
     """
     scoring = Scoring(mode, token_scores, compress, precision, compiled)
     began = time.perf_counter()
-    source = None if corpus is None else find(corpus, text_column, split)
+    source = None if corpus is None else find(corpus, text_column, split, streaming)
     vectors = querystore.load(query, run=pretrain, trust_remote_code=trust_remote_code)
     loading = time.perf_counter() - began
     feed = feed_of(vectors.stage.data) if source is None else StreamFeed.of(source, empty)

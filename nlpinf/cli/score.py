@@ -33,11 +33,7 @@ def score(
     empty: options.Empty = "error",
     text_column: options.TextColumn = "text",
     split: options.Split = None,
-    streaming: bool = typer.Option(
-        False,
-        "--streaming",
-        help="Fetch a data set of the hub while it is read: twice, once to count and once to score.",
-    ),
+    streaming: options.Streaming = False,
     dedupe: options.Dedupe = False,
     screen: str | None = typer.Option(
         None,
