@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from nlpinf.errors import BadInput
+from nlpinf.pieces import pieces
 
 Parameters = dict[str, Tensor]
-
-_PIECE = 1 << 17  # entries
 
 
 def of_model(model: nn.Module) -> Parameters:
@@ -39,12 +38,12 @@ def dot(a: Parameters, b: Parameters) -> float:
 
 
 def _dot(a: Tensor, b: Tensor) -> Any:
-    """Return ⟨a, b⟩ as a scalar tensor, float64; on a CPU in pieces that stay in its cache while they are widened."""
+    """Return ⟨a, b⟩ as a scalar tensor, float64, without a widened copy of either."""
     if hasattr(a, "full_tensor"):
         return (a.double() * b.double()).sum()
-    size = _PIECE if a.device.type == "cpu" else max(1, a.numel())
-    pieces = zip(a.reshape(-1).split(size), b.reshape(-1).split(size))
-    return torch.stack([torch.dot(x.double(), y.double()) for x, y in pieces]).sum()
+    x, y = a.reshape(-1), b.reshape(-1)
+    parts = [torch.dot(x[part].double(), y[part].double()) for part in pieces(x)]
+    return torch.stack(parts).sum() if parts else 0.0
 
 
 def norm(a: Parameters) -> float:

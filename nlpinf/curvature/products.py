@@ -32,12 +32,12 @@ from nlpinf.curvature.constant import KEEP, Constants
 from nlpinf.curvature.operators import Operator, Shifted
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
+from nlpinf.pieces import pieces
 from nlpinf.stages import Stage, evaluation
 from nlpinf.tasks import Batch
 
 CurvatureKind = Literal["hessian", "ggn", "fisher"]
 
-_CACHED = 1 << 17  # entries of the outputs that are worked on at a time
 _TOGETHER = 1 << 29  # bytes that the outputs' tangents of one batch may take where several products are made at once
 
 _reverse_only: WeakSet[nn.Module] = WeakSet()  # models whose backward pass turned out to have no forward mode
@@ -139,13 +139,13 @@ def gauss_newton_product(
 
 @torch.no_grad()
 def _inner(stage: Stage, batch: Batch, outputs: Tensor, moved: Tensor, sampled: int | None) -> Tensor:
-    """Return w B J v of every item, (I, classes), some items at a time that stay in the processor's cache."""
+    """Return w B J v of every item, (I, classes)."""
     loss, targets, weights = stage.task.loss, batch.targets, stage.item_weights(batch)[:, None]
     uniform = None
     if sampled is not None:
         uniform = batch.uniform(sampled, outputs.shape[-1] if targets.is_floating_point() else 1)
-    found, rows = torch.empty_like(outputs), max(1, _CACHED // outputs.shape[-1])
-    for part in (slice(start, start + rows) for start in range(0, len(outputs), rows)):
+    found = torch.empty_like(outputs)
+    for part in pieces(outputs):
         if uniform is None:
             inner = loss.hessian_product(outputs[part], targets[part], moved[part])
         else:
