@@ -28,6 +28,7 @@ from nlpinf.stages import Stage
 from nlpinf.tasks import CausalLM, MaskedLM
 
 WORDS, LENGTH = 8000, 64
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -38,7 +39,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     result.add_argument("--threads", type=int, default=2, help="threads of PyTorch (default 2)")
     result.add_argument(
         "--clock",
-        choices=["wall", "cpu"],
+        choices=list(CLOCKS),
         default="wall",
         help="cpu: time of the process, which other work on the machine disturbs less",
     )
@@ -110,7 +111,7 @@ def interleaved(
 
     Ratios are then of the same moments, so that other load on the machine falls on all ways alike.
     """
-    now = time.perf_counter if clock == "wall" else time.process_time
+    now = CLOCKS[clock]
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number, batch in enumerate([batches[0], *batches]):
         for name, run in ways.items():

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +60,11 @@ class Solve:
         if self.kind == "block":
             solutions = self.solver.many(operator, rights)
             return [self._levels(list(enumerate(s.history, 1))) for s in solutions], solutions
-        found, solutions = [], []
+        found: list[list[int | None]] = []
+        solutions: list[Solution] = []
         for right in rights:
+            if sum(levels[0] is None for levels in found) > len(rights) // 2:
+                break  # the medians are settled
             told: list[tuple[int, float]] = []
             solutions.append(self.solver(operator, right, None, lambda k, r, told=told: told.append((k, r))))
             if self.kind == "direct":
@@ -70,7 +72,7 @@ class Solve:
             if self.kind == "refined":  # its history is of all rounds
                 told = list(enumerate(solutions[-1].history, 1))
             found.append(self._levels(told))
-        return found, solutions
+        return [*found, *[[None] * len(LEVELS)] * (len(rights) - len(found))], solutions
 
     @staticmethod
     def _levels(told: list[tuple[int, float]]) -> list[int | None]:
@@ -116,6 +118,7 @@ def main() -> None:
     options.add_argument("--ways", nargs="+", default=names, choices=names, help="solver:preconditioner (all)")
     arguments = options.parse_args()
     common.settle(arguments)
+    clock = common.CLOCKS[arguments.clock]
     results: list[dict[str, Any]] = []
     lines = [
         "stage     damping  solver   preconditioner  products to 1e-1, 1e-2, 1e-3      end  s/product  fit s  fit products"
@@ -130,15 +133,15 @@ def main() -> None:
             fits: dict[str, tuple[Any, float, int]] = {}
             for solver, name in (way.split(":") for way in arguments.ways):
                 if name not in fits or name == "spectral":
-                    before, start = operator.products, time.perf_counter()
+                    before, start = operator.products, clock()
                     made = preconditioning(name)
                     inverse = None if made is None else made.fit(operator)
-                    fits[name] = inverse, time.perf_counter() - start, operator.products - before
+                    fits[name] = inverse, clock() - start, operator.products - before
                 inverse, fit, fit_products = fits[name]
-                before, start = operator.products, time.perf_counter()
+                before, start = operator.products, clock()
                 levels, solved = Solve(solver, arguments.most, inverse)(operator, rights)
                 spent = max(1, sum(s.products for s in solved))
-                seconds = (time.perf_counter() - start) / spent
+                seconds = (clock() - start) / spent
                 products = [middle(list(column)) for column in zip(*levels)]
                 end = statistics.median(s.residual for s in solved)
                 results.append(
