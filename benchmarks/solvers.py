@@ -8,15 +8,18 @@ Right-hand sides are gradients of single rows outside the curvature sample; figu
 multiples of the mean eigenvalue of the Gauss-Newton matrix on the sample. A product is one pass over the sample, of a block
 one for each of its members; seconds are those of all that a solve does, for a product. What a preconditioner costs to make,
 once for all queries, stands beside it ("fit"). "–": not within --most products, or not within the solver's means; "end" is the
-residual where the solve ended.
+residual where the solve ended. With --truth PRODUCTS a long solve tells the answers' errors too: "scores" is the relative error, over
+50 other rows z, of the scores ⟨x, ∇g(z)⟩ where each solve ended.
 
     python benchmarks/solvers.py --stages demo --demo demo --sample 256 --json
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import common
+from nlpinf import parameters as P
 from nlpinf.adapters.elmo import ElmoConfig, ElmoLM, Vocabulary
 from nlpinf.curvature import Curvature, Shifted, curvature_samples
 from nlpinf.data.corpus import Corpus
@@ -99,6 +103,25 @@ def stages(kind: str, arguments: Any) -> list[Stage]:
     return [Stage(ElmoLM(config, len(vocabulary)), BidirectionalLM(vocabulary, 32), Corpus(texts), name="elmo")]
 
 
+def truths(
+    operator: Shifted, rights: list[Parameters], products: int, stage: Stage, rows: list[int]
+) -> Callable[[int, Solution], float] | None:
+    """Return a function that gives the relative error of an answer's scores of `rows`, by one long solve for each right-hand side."""
+    if not products:
+        return None
+    gradients = [stage.gradient(indices=[i], decay=False) for i in rows]
+    made = preconditioning("nystrom")
+    solver = CG(1e-6, products, None if made is None else made.fit(operator))
+    answers = [solver(operator, right) for right in rights]
+    print(f"truth: residuals {[round(a.residual, 7) for a in answers]}", file=sys.stderr)
+
+    def scores(x: Parameters) -> torch.Tensor:
+        return torch.tensor([P.dot(x, g) for g in gradients])
+
+    right = [scores(a.vector) for a in answers]
+    return lambda i, solution: float((scores(solution.vector) - right[i]).norm() / right[i].norm())
+
+
 def middle(values: list[int | None]) -> float | None:
     """Return the median, None where half of them never got there."""
     value = statistics.median([float("inf") if v is None else v for v in values])
@@ -114,6 +137,9 @@ def main() -> None:
     options.add_argument("--queries", type=int, default=5, help="right-hand sides (default 5)")
     options.add_argument("--factors", type=float, nargs="+", default=[1e-1, 1e-2, 1e-3], help="dampings, x mean")
     options.add_argument("--most", type=int, default=300, help="products of a solve at most (default 300)")
+    options.add_argument(
+        "--truth", type=int, default=0, help="products of a long solve that the answers are held against"
+    )
     names = [f"{solver}:{preconditioner}" for solver, preconditioner in WAYS]
     options.add_argument("--ways", nargs="+", default=names, choices=names, help="solver:preconditioner (all)")
     arguments = options.parse_args()
@@ -121,7 +147,7 @@ def main() -> None:
     clock = common.CLOCKS[arguments.clock]
     results: list[dict[str, Any]] = []
     lines = [
-        "stage     damping  solver   preconditioner  products to 1e-1, 1e-2, 1e-3      end  s/product  fit s  fit products"
+        "stage     damping  solver   preconditioner  products to 1e-1, 1e-2, 1e-3      end   scores  s/product  fit s  fit products"
     ]
     for stage in [s for kind in arguments.stages for s in stages(kind, arguments)]:
         sample, second = curvature_samples(stage.size, min(arguments.sample, stage.size // 2), 0)
@@ -131,6 +157,7 @@ def main() -> None:
         for factor in arguments.factors:
             operator = Shifted(bare, stage.decay, factor * mean)
             fits: dict[str, tuple[Any, float, int]] = {}
+            true = truths(operator, rights, arguments.truth, stage, second[arguments.queries :][:50])
             for solver, name in (way.split(":") for way in arguments.ways):
                 if name not in fits or name == "spectral":
                     before, start = operator.products, clock()
@@ -144,16 +171,17 @@ def main() -> None:
                 seconds = (clock() - start) / spent
                 products = [middle(list(column)) for column in zip(*levels)]
                 end = statistics.median(s.residual for s in solved)
+                error = None if true is None else statistics.median(map(true, range(len(solved)), solved))
                 results.append(
                     {
                         "stage": stage.name, "damping": factor, "solver": solver, "preconditioner": name,
-                        "products": products, "end": end, "seconds_per_product": round(seconds, 4),
+                        "products": products, "end": end, "scores": error, "seconds_per_product": round(seconds, 4),
                         "fit_seconds": round(fit, 2), "fit_products": fit_products, "products_for_all": spent,
                     }
                 )  # fmt: skip
                 shown = "  ".join("–".rjust(5) if p is None else f"{p:5.0f}" for p in products)
                 lines.append(
-                    f"{stage.name:9} {factor:7g}  {solver:7}  {name:14} {shown:>25}  {end:7.1e}  {seconds:9.3f}  {fit:5.1f}  {fit_products:5}"
+                    f"{stage.name:9} {factor:7g}  {solver:7}  {name:14} {shown:>25}  {end:7.1e}  {error or math.nan:7.1e}  {seconds:9.3f}  {fit:5.1f}  {fit_products:5}"
                 )
                 print(lines[-1], file=sys.stderr, flush=True)
     settings = {"sample": arguments.sample, "queries": arguments.queries, "most": arguments.most}
