@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from nlpinf.evaluation import evaluation, replaced
 from nlpinf.parameters import Parameters
-from nlpinf.pieces import pieces
 from nlpinf.stages import Stage
 from nlpinf.tasks import Batch, CrossEntropy, OutputLoss, Task
 
@@ -68,10 +67,7 @@ class Head:
                 change.addmm_(moved[part], weight.T)
             if step is not None:
                 change.addmm_(x[part], step.T)
-            wanted = targets[part]
-            for few in pieces(outputs):
-                found = _loss_and_tangent(loss, outputs[few], wanted[few], change[few])
-                losses[part][few], tangents[part][few] = found
+            losses[part], tangents[part] = _loss_and_tangent(loss, outputs, targets[part], change)
         return losses, tangents
 
     def parts(self, x: Tensor, chunk: int) -> Iterator[slice]:
@@ -86,13 +82,8 @@ class Head:
         weight, bias = stage.parameters[self.weight], None if self.bias is None else stage.parameters[self.bias]
         with _low_products(stage):
             outputs = _affine(x.new_empty(part.stop - part.start, len(weight)), x[part], weight, bias)
-        losses, wanted, sizes = outputs.new_empty(len(outputs)), targets[part], scale[part]
-        low = None if stage.precision is None else getattr(torch, stage.precision)
-        delta = outputs if low is None else torch.empty_like(outputs, dtype=low)
-        for few in pieces(outputs):
-            losses[few] = _loss_to_cotangent(stage.task.loss, outputs[few], wanted[few], sizes[few])
-            if low is not None:
-                delta[few] = outputs[few]
+        losses = _loss_to_cotangent(stage.task.loss, outputs, targets[part], scale[part])
+        delta = outputs if stage.precision is None else outputs.to(getattr(torch, stage.precision))
         return losses, delta, delta @ weight.to(delta.dtype)
 
 
