@@ -41,7 +41,7 @@ def _dot(a: Tensor, b: Tensor) -> Any:
     """Return ⟨a, b⟩ as a scalar tensor, float64, without a widened copy of either."""
     if hasattr(a, "full_tensor"):
         return (a.double() * b.double()).sum()
-    x, y = a.reshape(-1), b.reshape(-1)
+    x, y = a.reshape(-1), b.expand_as(a).reshape(-1)  # raises where the shapes differ
     parts = [torch.dot(x[part].double(), y[part].double()) for part in pieces(x)]
     return torch.stack(parts).sum() if parts else 0.0
 

@@ -39,6 +39,9 @@ def test_sums_run_in_double_precision() -> None:
     assert P.dot(a, a) == 4096.0**2 + 4_000_000 * 0.0625
     half = {"w": torch.full((5000,), 1.0, dtype=torch.bfloat16)}
     assert P.dot(half, half) == 5000.0
+    for other in (torch.ones(4_000_002), torch.ones(4_000_000)):
+        with pytest.raises(RuntimeError, match="size"):
+            P.dot(a, {"w": other})
 
 
 def test_tied_weights_appear_once() -> None:
