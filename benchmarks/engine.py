@@ -14,7 +14,6 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,9 +40,9 @@ PARTS = ("compile", "bfloat16", "block", "frozen", "ekfac", "memory")
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     """Return seconds and result."""
-    start = time.perf_counter()
+    start = common.wall()
     result = run()
-    return time.perf_counter() - start, result
+    return common.wall() - start, result
 
 
 def system(stage: Stage, arguments: Any) -> tuple[Shifted, list[Parameters]]:
@@ -157,9 +156,16 @@ def peak(queue: Any, kind: str, arguments: Any, rows: int) -> None:
     common.settle(arguments)
     sentences = common.texts(arguments.corpus, arguments.sentences)
     sentences = sorted(sentences, key=len)[len(sentences) // 2 :][:64]
-    stage = common.stage(kind, sentences, common.tokenizer(sentences), batch_size=rows, batch_tokens=1 << 30)
+    words = common.tokenizer(sentences)
+    stage = common.stage(kind, sentences, words, arguments.size, batch_size=rows, batch_tokens=1 << 30)
     base = Curvature(stage, "ggn", list(range(64)))
     vector = P.random_like(stage.theta, 0)
+    if stage.device.type == "cuda":
+        before = torch.cuda.memory_allocated() / 2**20
+        torch.cuda.reset_peak_memory_stats()
+        base.product(vector)
+        queue.put(torch.cuda.max_memory_allocated() / 2**20 - before)
+        return
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten (Linux)
     before = resident("VmRSS")
     base.product(vector)
@@ -190,6 +196,7 @@ def main() -> None:
     options = common.parser(__doc__)
     options.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     options.add_argument("--model", default="gpt2", choices=["gpt2", "bert"])
+    options.add_argument("--size", default="small", choices=list(common.SIZES))
     options.add_argument("--sample", type=int, default=32, help="rows of the curvature sample (default 32)")
     options.add_argument("--factor", type=float, default=100.0, help="damping, x the mean eigenvalue (default 100)")
     options.add_argument("--tolerance", type=float, default=0.1, help="relative residual (default 0.1)")
@@ -198,7 +205,9 @@ def main() -> None:
     arguments = options.parse_args()
     common.settle(arguments)
     sentences = common.texts(arguments.corpus, arguments.sentences)
-    stage = common.stage(arguments.model, sentences, common.tokenizer(sentences), batch_size=64, batch_tokens=4096)
+    stage = common.stage(
+        arguments.model, sentences, common.tokenizer(sentences), arguments.size, batch_size=64, batch_tokens=4096
+    )
     makers: dict[str, Callable[[], dict[str, Any]]] = {
         "compile": lambda: compiled(stage, arguments),
         "bfloat16": lambda: low(stage, arguments),
@@ -212,7 +221,9 @@ def main() -> None:
         results[part] = makers[part]()
         lines += [part, *(f"  {name}: {value}" for name, value in results[part].items())]
         print("\n".join([part, *(f"  {n}: {v}" for n, v in results[part].items())]), file=sys.stderr, flush=True)
-    settings = {n: getattr(arguments, n) for n in ("model", "sample", "factor", "tolerance", "rights", "rounds")}
+    settings = {
+        n: getattr(arguments, n) for n in ("model", "size", "sample", "factor", "tolerance", "rights", "rounds")
+    }
     record = {"benchmark": "engine", **settings, "results": results, "machine": common.machine(arguments.threads)}
     common.show(record, arguments.json, lines)
 

@@ -45,7 +45,7 @@ def counted(stage: Stage, batch: Batch) -> torch.Tensor:
 
 def rank_correlation(one: Any, other: Any, batches: list[Batch]) -> float:
     """Return the least Spearman correlation of two ways' scores over the queries."""
-    a, b = (torch.cat([way(batch).scores for batch in batches]) for way in (one, other))
+    a, b = (torch.cat([way(batch).scores for batch in batches]).cpu() for way in (one, other))
     return round(min(float(spearmanr(x, y).statistic) for x, y in zip(a.T, b.T)), 6)
 
 
@@ -53,20 +53,22 @@ def main() -> None:
     """Run the benchmark."""
     options = common.parser(__doc__)
     options.add_argument("--models", nargs="+", default=["gpt2", "bert"], choices=["gpt2", "bert"])
+    options.add_argument("--size", default="small", choices=list(common.SIZES), help="4 layers 256 wide, or 12 and 768")
     options.add_argument("--queries", nargs="+", type=int, default=[1], help="numbers of queries (default 1)")
     options.add_argument("--batch-tokens", nargs="+", type=int, default=[4096], help="padded tokens of a batch")
     options.add_argument("--batches", type=int, default=12, help="time so many batches, evenly spaced (default 12)")
     options.add_argument("--forward-up-to", type=int, default=2, help="time forward mode up to so many queries")
+    options.add_argument("--low", action="store_true", help="also forward and reverse mode in bfloat16, not compiled")
     options.add_argument("--compile", action="store_true", help="also the compiled scorer, in float32 and in bfloat16")
     arguments = options.parse_args()
     common.settle(arguments)
     sentences = common.texts(arguments.corpus, arguments.sentences)
     words = common.tokenizer(sentences)
     results: list[dict[str, Any]] = []
-    lines = ["model  queries  tokens  way       ratio  (quartiles)     sentences/s"]
+    lines = ["model  queries  tokens  way                 ratio  (quartiles)     sentences/s  Spearman to float32"]
     for kind in arguments.models:
         for tokens in arguments.batch_tokens:
-            stage = common.stage(kind, sentences, words, batch_tokens=tokens, batch_size=1 << 20)
+            stage = common.stage(kind, sentences, words, arguments.size, batch_tokens=tokens, batch_size=1 << 20)
             stage.model.eval()
             every = list(stage.batches())
             step = max(1, len(every) // arguments.batches)
@@ -80,19 +82,22 @@ def main() -> None:
                 if queries <= arguments.forward_up_to:
                     ways["forward"] = ForwardScorer(stage, vectors[:queries])
                 ways["reverse"] = reverse = ReverseScorer(stage, vectors[:queries])
+                if arguments.low:
+                    low = stage.at("bfloat16")
+                    if queries <= arguments.forward_up_to:
+                        ways["forward, bfloat16"] = ForwardScorer(low, vectors[:queries])
+                    ways["reverse, bfloat16"] = ReverseScorer(low, vectors[:queries])
                 if arguments.compile:
                     ways["compiled"] = CompiledScorer(reverse)
-                    low = ReverseScorer(stage.at("bfloat16"), vectors[:queries])
-                    ways["bfloat16"] = CompiledScorer(low)
-                if arguments.compile:  # shapes are compiled when they first come
-                    for way in ("compiled", "bfloat16"):
+                    ways["compiled, bfloat16"] = CompiledScorer(ReverseScorer(stage.at("bfloat16"), vectors[:queries]))
+                    for way in ("compiled", "compiled, bfloat16"):  # shapes are compiled when they first come
                         ways[way](batches[0]), ways[way](batches[-1])
                 seconds = common.interleaved(ways, batches, arguments.clock)
                 done = sum(len(batch) for batch in batches)
                 for way in ways:
                     found = common.ratio(seconds, way, "bare")
-                    if way == "bfloat16":
-                        found["spearman"] = rank_correlation(ways["compiled"], ways[way], batches)
+                    if way.endswith("bfloat16"):
+                        found["spearman"] = rank_correlation(reverse, ways[way], batches)
                     rate = round(done / sum(seconds[way]), 1)
                     results.append(
                         {
@@ -107,11 +112,17 @@ def main() -> None:
                     )
                     spread = f"({found['low']:.2f} to {found['high']:.2f})"
                     lines.append(
-                        f"{kind:6} {queries:7} {tokens:7}  {way:8} {found['median']:6.2f}  {spread}  {rate:8.0f}"
+                        f"{kind:6} {queries:7} {tokens:7}  {way:18} {found['median']:6.2f}  {spread}  {rate:8.0f}  {found.get('spearman', '')}"
                     )
                     print(lines[-1], file=sys.stderr)
     corpus = arguments.corpus.name if arguments.corpus else "generated"
-    settings = {"sentences": len(sentences), "corpus": corpus, "clock": arguments.clock, "heap": arguments.heap}
+    settings = {
+        "size": arguments.size,
+        "sentences": len(sentences),
+        "corpus": corpus,
+        "clock": arguments.clock,
+        "heap": arguments.heap,
+    }
     record = {"benchmark": "scoring", **settings, "results": results, "machine": common.machine(arguments.threads)}
     common.show(record, arguments.json, lines)
 

@@ -1,6 +1,6 @@
 """Products and seconds that each solver needs to relative residuals of 1e-1, 1e-2 and 1e-3, on real stages.
 
-    demo      the two stages of a finished `nlpinf demo` (--demo FOLDER): BERT, 2 layers, and its classifier
+    pretrain, finetune   the two stages of a finished `nlpinf demo` (--demo FOLDER): BERT, 2 layers, and its classifier
     gpt2      the 4-layer, 256-wide GPT-2 of the other benchmarks, random weights
     elmo      a small ELMo language model, random weights
 
@@ -11,7 +11,7 @@ once for all queries, stands beside it ("fit"). "–": not within --most product
 residual where the solve ended. With --truth PRODUCTS a long solve tells the answers' errors too: "scores" is the relative error, over
 50 other rows z, of the scores ⟨x, ∇g(z)⟩ where each solve ended.
 
-    python benchmarks/solvers.py --stages demo --demo demo --sample 256 --json
+    python benchmarks/solvers.py --stages pretrain finetune --demo demo --sample 256 --json
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 
 from benchmarks import common
 from nlpinf import parameters as P
+from nlpinf import processes
 from nlpinf.adapters.elmo import ElmoConfig, ElmoLM, Vocabulary
 from nlpinf.curvature import Curvature, Shifted, curvature_samples
 from nlpinf.data.corpus import Corpus
@@ -38,6 +39,7 @@ from nlpinf.solvers.base import Preconditioner
 from nlpinf.stages import Stage
 from nlpinf.tasks import BidirectionalLM
 
+STAGES = ("pretrain", "finetune", "gpt2", "elmo")
 LEVELS = (1e-1, 1e-2, 1e-3)
 WAYS = (
     *(("cg", p) for p in ("none", "diagonal", "ekfac", "nystrom", "ekfac+nystrom", "spectral")),
@@ -85,11 +87,8 @@ class Solve:
 
 def stages(kind: str, arguments: Any) -> list[Stage]:
     """Return the stages of one kind."""
-    if kind == "demo":
-        return [
-            Stage.from_run(arguments.demo / name, batch_size=256, batch_tokens=8192)
-            for name in ("pretrain", "finetune")
-        ]
+    if kind in ("pretrain", "finetune"):
+        return [Stage.from_run(arguments.demo / kind, batch_size=256, batch_tokens=8192)]
     texts = common.texts(arguments.corpus, arguments.sentences)
     if kind == "gpt2":
         return [common.stage("gpt2", texts, common.tokenizer(texts))]
@@ -100,7 +99,8 @@ def stages(kind: str, arguments: Any) -> list[Stage]:
         character_dim=8, filters=((1, 16), (2, 16), (3, 32)), highways=1, lstm_dim=128, projection_dim=32, dropout=0.0
     )
     vocabulary = Vocabulary(["<S>", "</S>", "<UNK>", *known])
-    return [Stage(ElmoLM(config, len(vocabulary)), BidirectionalLM(vocabulary, 32), Corpus(texts), name="elmo")]
+    model = ElmoLM(config, len(vocabulary)).to(processes.device())
+    return [Stage(model, BidirectionalLM(vocabulary, 32), Corpus(texts), name="elmo")]
 
 
 def truths(
@@ -131,7 +131,7 @@ def middle(values: list[int | None]) -> float | None:
 def main() -> None:
     """Run the benchmark."""
     options = common.parser(__doc__)
-    options.add_argument("--stages", nargs="+", default=["demo", "gpt2", "elmo"], choices=["demo", "gpt2", "elmo"])
+    options.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     options.add_argument("--demo", type=Path, default=Path("demo"), help="folder of a finished demo (default demo)")
     options.add_argument("--sample", type=int, default=256, help="rows of the curvature sample (default 256)")
     options.add_argument("--queries", type=int, default=5, help="right-hand sides (default 5)")

@@ -28,7 +28,9 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     Of the kernels of scaled dot product attention only the math one has forward-mode and second derivatives; fused
     recurrent layers (cuDNN, oneDNN) have neither, so models that contain one run PyTorch's own. Nor do the fast path of
     `nn.TransformerEncoder`, taken only without gradients, and the grouped products of mixtures of experts. Constants
-    that a double precision model makes without saying their dtype are double too.
+    that a double precision model makes without saying their dtype are double too. Convolutions on a GPU, which PyTorch
+    cuts to TensorFloat-32 unasked, keep float32's precision; matrix products do unless the caller set
+    `torch.set_float32_matmul_precision`.
     """
     modes = [(module, module.training) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -47,7 +49,11 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             with warnings.catch_warnings():  # PyTorch's setter speaks of GPUs that a CPU-only build does not support
                 warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
                 stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if torch.cuda.is_available():
+            cudnn = torch.backends.cudnn
+            stack.enter_context(cudnn.flags(cudnn.enabled, deterministic=cudnn.deterministic, allow_tf32=False))
+            if recurrent:
+                stack.enter_context(written_out_recurrence())
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             for config, _ in experts:
@@ -60,6 +66,34 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             for config, implementation in experts:
                 config._experts_implementation_internal = implementation
             torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def written_out_recurrence() -> Iterator[None]:
+    """Let `nn.LSTM`, `nn.GRU` and `nn.RNN` run as plain operations: a GPU's fused cells have no forward-mode derivatives."""
+    from torch._decomp import decompositions as loops
+
+    written = {
+        "lstm": (loops.lstm_impl, loops.lstm_data_impl),
+        "gru": (loops.gru_impl, loops.gru_impl_data),
+        "rnn_tanh": (loops.rnn_tanh_input, loops.rnn_tanh_data),
+        "rnn_relu": (loops.rnn_relu_input, loops.rnn_relu_data),
+    }
+
+    def either(padded: Callable[..., Any], packed: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *a: (padded if isinstance(a[3], bool) else packed)(*a)
+
+    before = {name: torch._VF.__dict__.get(name) for name in written}
+    try:
+        for name, ways in written.items():
+            setattr(torch._VF, name, either(*ways))
+        yield
+    finally:
+        for name, function in before.items():
+            if function is None:
+                delattr(torch._VF, name)
+            else:
+                setattr(torch._VF, name, function)
 
 
 @contextmanager

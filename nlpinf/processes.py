@@ -42,6 +42,11 @@ def main() -> bool:
     return rank() == 0
 
 
+def speaks() -> bool:
+    """Return whether this process is the one of the launcher's that prints, in a group or not."""
+    return launched() == 1 or os.environ.get("RANK", "0") == "0"
+
+
 def launched() -> int:
     """Return how many processes the launcher started, 1 without one."""
     value = os.environ.get("WORLD_SIZE", "1")
@@ -68,16 +73,18 @@ def device() -> torch.device:
 def group(backend: str | None = None) -> Iterator[None]:
     """Join the launcher's processes while the block runs; nothing happens without a launcher, or within a group.
 
-    `backend` "gloo" or "nccl" (default: by `device`). A process that ends with an error ends its connections, at which
+    `backend` "gloo" or "nccl" (default: nccl where every process has a GPU of its own). A process that ends with an error ends its connections, at which
     the others' next sum raises.
     """
     if launched() == 1 or count() > 1:
         yield
         return
     own = device()
+    alone = False
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    dist.init_process_group(backend or ("nccl" if own.type == "cuda" else "gloo"), timeout=_PATIENCE)
+        alone = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+    dist.init_process_group(backend or ("nccl" if alone else "gloo"), timeout=_PATIENCE)
     try:
         yield
         dist.barrier()
@@ -141,7 +148,7 @@ def _reduce(bucket: list[Tensor]) -> None:
 
 
 def _summed(tensor: Tensor) -> Tensor:
-    """Return the sum over all processes of a tensor that may be overwritten; NCCL sums what lies on a GPU only."""
-    there = tensor.cuda() if dist.get_backend() == "nccl" else tensor
+    """Return the sum over all processes of a tensor that may be overwritten; NCCL sums what lies on a GPU, gloo the rest."""
+    there = tensor.cuda() if dist.get_backend() == "nccl" else tensor.cpu()
     dist.all_reduce(there)
     return there

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from nlpinf import memory, processes, sharded
 from nlpinf import parameters as P
-from nlpinf import processes, sharded
 from nlpinf.errors import BadInput
 from nlpinf.evaluation import evaluation as evaluation  # the state in which a stage is computed with
 from nlpinf.parameters import Parameters
@@ -40,7 +40,8 @@ class Stage:
     `reduction`     "example": g(z) = mean of z's counted losses; "token": g(z) = (m / T) · their sum, with T the counted
                     items of the whole corpus, so that G is the mean over all items
     `trained`       names of the parameters that the run moved; default: those with `requires_grad`
-    `batch_size`    examples in a batch at most; `batch_tokens` padded tokens in a batch at most
+    `batch_size`    examples in a batch at most; `batch_tokens` padded tokens in a batch at most; 0: by the device, 64 and
+                    2,048 on a CPU, 512 and 16,384 on a GPU
     `precision`     "bfloat16" or "float16": the network runs under autocast; losses, sums and vectors stay as they were
     """
 
@@ -51,8 +52,8 @@ class Stage:
     reduction: Reduction = "example"
     trained: Sequence[str] | None = None
     name: str = "stage"
-    batch_size: int = 64
-    batch_tokens: int = 2048
+    batch_size: int = 0
+    batch_tokens: int = 0
     record: Mapping[str, Any] = field(default_factory=dict)
     precision: Precision | None = None
 
@@ -80,6 +81,10 @@ class Stage:
         if any(value < 0 for value in decay.values()):
             raise BadInput(f"stage {self.name!r}: weight decay must not be negative")
         object.__setattr__(self, "weight_decay", decay)
+        for limit, size in zip(("batch_size", "batch_tokens"), memory.sizes(self.device)):
+            if getattr(self, limit) < 0:
+                raise BadInput(f"stage {self.name!r}: {limit} must not be negative")
+            object.__setattr__(self, limit, getattr(self, limit) or size)
         for name, tensor in self.parameters.items():
             if not P.finite({name: tensor}):
                 raise BadInput(
@@ -179,14 +184,18 @@ class Stage:
 
     def objective(self, changed: Parameters | None = None, indices: Sequence[int] | None = None) -> float:
         """Return G over the examples at `indices` (default: all), weight decay included."""
-        total, count = 0.0, 0
-        with evaluation(self.model), torch.no_grad():
-            for batch in self.batches(indices):
-                total += float(self.example_losses(batch, changed).double().sum())
-                count += len(batch)
+
+        def mean(stage: Stage) -> float:
+            total, count = 0.0, 0
+            with evaluation(self.model), torch.no_grad():
+                for batch in stage.batches(indices):
+                    total += float(stage.example_losses(batch, changed).double().sum())
+                    count += len(batch)
+            return total / count
+
         theta = {**self.theta, **(changed or {})}
         decay = sum(value * float(theta[n].double().square().sum()) for n, value in self.decay.items())
-        return total / count + 0.5 * decay
+        return memory.within(self, mean) + 0.5 * decay
 
     def _sum(self, batch: Batch, weight: float, changed: Parameters | None = None) -> Tensor:
         return self.example_losses(batch, changed).sum() * weight
@@ -206,13 +215,18 @@ class Stage:
         """
         names = list(names or self.trained or ())
         template = P.select(self.parameters, names)
-        sums, count = P.sums_like(template), 0
-        with evaluation(self.model):
-            for batch, own in processes.turns(self.batches(indices), sharded.is_sharded(self.model)):
-                gradients = sharded.gradients(self.model, template, partial(self._sum, batch, own))
-                for name, gradient in zip(names, gradients):
-                    sums[name] += gradient
-                count += len(batch) * own
+
+        def summed(stage: Stage) -> tuple[Parameters, int]:
+            sums, count = P.sums_like(template), 0
+            with evaluation(self.model):
+                for batch, own in processes.turns(stage.batches(indices), sharded.is_sharded(self.model)):
+                    gradients = sharded.gradients(self.model, template, partial(stage._sum, batch, own))
+                    for name, gradient in zip(names, gradients):
+                        sums[name] += gradient
+                    count += len(batch) * own
+            return sums, count
+
+        sums, count = memory.within(self, summed)
         total = P.mean_like(processes.total(sums), processes.total_of(count), template)
         if decay:
             total = {n: t + self.decay.get(n, 0.0) * self.parameters[n] for n, t in total.items()}

@@ -535,5 +535,5 @@ def scores_of(stage: Stage, vectors: list[dict[str, Tensor]]) -> Tensor:
     """Return the scores (rows, queries) of every example of the stage, in the corpus's order."""
     result = torch.zeros(stage.size, len(vectors), dtype=torch.float64)
     for batch in stage.batches():
-        result[batch.rows] = forward_scores(stage, vectors, batch).scores
+        result[batch.rows.cpu()] = forward_scores(stage, vectors, batch).scores.cpu()
     return result

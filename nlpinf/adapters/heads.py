@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from nlpinf.adapters.elmo.config import MODEL_TYPE, ElmoConfig
-from nlpinf.adapters.elmo.network import ElmoEncoder, Packing, ProjectedLSTM
+from nlpinf.adapters.elmo.network import ElmoEncoder, Packing, ProjectedLSTM, greatest
 from nlpinf.errors import BadInput
 from nlpinf.stages import evaluation
 
@@ -116,7 +116,7 @@ class Head(nn.Module):
         if self.settings.pooling == "first":
             return states[:, 0]
         if self.settings.pooling == "max":
-            return states.masked_fill(~mask[..., None], float("-inf")).amax(1)
+            return greatest(states.masked_fill(~mask[..., None], float("-inf")), 1)
         if self.settings.pooling == "attention":
             weights = self.attention(states)[..., 0].masked_fill(~mask, float("-inf")).softmax(1)
         else:

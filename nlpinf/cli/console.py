@@ -90,13 +90,18 @@ def say(text: str) -> None:
     out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def first_speaks() -> None:
+    """Let only the first of the processes that a launcher started print."""
+    err.quiet = out.quiet = not processes.speaks()
+
+
 def in_group(command: Callable[..., None]) -> Callable[..., None]:
     """Run a command in the group of processes that a launcher started, if one did; only the first of them prints."""
 
     @wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
         with processes.group():
-            err.quiet = out.quiet = not processes.main()
+            first_speaks()
             command(*arguments, **options)
 
     return run
@@ -104,6 +109,8 @@ def in_group(command: Callable[..., None]) -> Callable[..., None]:
 
 def print_json(content: Any) -> None:
     """Print one JSON document on stdout."""
+    if out.quiet:
+        return
     json.dump(content, sys.stdout, ensure_ascii=False, indent=1)
     sys.stdout.write("\n")
 

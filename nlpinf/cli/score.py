@@ -59,6 +59,7 @@ def score(
 
     Example: nlpinf score --query query --corpus corpus.txt.gz --out scores
     """
+    console.first_speaks()
     share = None if shard is None else Shard.parse(shard)
     exact = None if screen is None else Amount.parse(screen).share
     if screen is not None and (exact is None or share is not None or token_scores or compress is not None):

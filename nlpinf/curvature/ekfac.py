@@ -28,12 +28,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nlpinf import memory, processes
 from nlpinf import parameters as P
-from nlpinf import processes
 from nlpinf.curvature.operators import Operator
 from nlpinf.curvature.perexample import Outer, PerExample, Rows, Use, Whole
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
+from nlpinf.pieces import entries
 from nlpinf.stages import Stage, fingerprint
 
 _BLOCK = 1 << 23  # entries of the examples' gradients that are held at a time
@@ -90,6 +91,10 @@ class EKFAC(Operator):
         indices = list(range(stage.size) if indices is None else indices)
         if not indices:
             raise BadInput("EK-FAC needs at least one row")
+        return memory.within(stage, lambda sized: cls._fit(sized, indices, seed, largest, basis_rows))
+
+    @classmethod
+    def _fit(cls, stage: Stage, indices: Sequence[int], seed: int, largest: int, basis_rows: int) -> EKFAC:
         gradients = PerExample(stage, list(stage.theta), seed)
         shapes = {name: _shape(stage, name) for name in stage.theta}
         dtype = torch.promote_types(stage.dtype, torch.float32)
@@ -303,7 +308,7 @@ def _add_squares(uses: list[Use], factor: Factor) -> None:
     left, right = torch.cat([u.left for u in outer], 1), torch.cat([u.right for u in outer], 1)
     left, right = left if ql is None else left @ ql, right if qr is None else right @ qr
     _, r, c = total.shape
-    step = max(1, _BLOCK // (r * c))
+    step = max(1, entries(_BLOCK, left) // (r * c))
     for b in range(0, len(left), step):
         g = left[b : b + step].mT @ right[b : b + step]
         if ids is not None and words is not None:

@@ -156,7 +156,7 @@ class PerExample:
             if name in calls.odd:
                 continue
             right = torch.stack([grads[k] for grads in truth])
-            ours = dense(found.get(name, []), right.shape)
+            ours = dense(found.get(name, []), right.shape).to(right)
             # A gradient that is zero up to rounding (a key's bias) is held to the rounding of the others.
             if float((ours - right).norm()) <= tolerance * (float(right.norm()) + 1e-3 * largest):
                 agreed.append(name)

@@ -26,8 +26,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import jvp, vjp, vmap
 
+from nlpinf import memory, processes, sharded
 from nlpinf import parameters as P
-from nlpinf import processes, sharded
 from nlpinf.curvature.constant import KEEP, Constants
 from nlpinf.curvature.operators import Operator, Shifted
 from nlpinf.errors import BadInput
@@ -234,6 +234,25 @@ class Curvature(Operator):
         return self.block([vector])[0]
 
     def block(self, vectors: Sequence[Parameters]) -> list[Parameters]:
+        while True:
+            try:
+                totals = self._totals(vectors)
+                break
+            except memory.OutOfMemory:
+                if sharded.is_sharded(self.stage.model):  # whose processes make their turns together
+                    raise
+            self._recut(memory.halved(self.stage))
+        return [P.mean_like(processes.total(total), self.rows, self.template) for total in totals]
+
+    def _recut(self, stage: Stage) -> None:
+        """Cut this process's rows into the batches of `stage` from now on."""
+        place = {int(stage.rows[i]): i for i in self.indices}
+        own = [place[row] for batch, _ in self.batches for row in batch.rows.tolist()]
+        self.stage, self._constants = stage, Constants(stage, self._constants.limit)
+        self.batches = [(batch, True) for batch in stage.batches(own)]
+
+    def _totals(self, vectors: Sequence[Parameters]) -> list[Parameters]:
+        """Return this process's sums over its batches."""
         totals = [P.sums_like(self.template) for _ in vectors]
         with evaluation(self.stage.model):
             for batch, own in self.batches:
@@ -241,13 +260,15 @@ class Curvature(Operator):
                     for total, parts in zip(totals, self._parts(batch, vectors, float(own))):
                         for name, part in parts.items():
                             total[name] += part
-        return [P.mean_like(processes.total(total), self.rows, self.template) for total in totals]
+        return totals
 
     def _parts(self, batch: Batch, vectors: Sequence[Parameters], weight: float) -> Iterable[Parameters]:
         model = self.stage.model
         if len(vectors) > 1 and not sharded.is_sharded(model) and model not in _one_by_one:
             try:
                 return list(products_at_once(self.stage, batch, self.kind, vectors, self.seed))
+            except memory.OutOfMemory:
+                raise
             except (RuntimeError, ValueError):  # an operation without a rule for many at once
                 _one_by_one.add(model)
         return (self._part(batch, vector, weight) for vector in vectors)
@@ -285,11 +306,16 @@ def cross_product(stage: Stage, vector: Parameters, names: Iterable[str], indice
     """
     names = list(names)
     template = P.select(stage.parameters, names)
-    total = P.sums_like(template)
-    with evaluation(stage.model):
-        for batch in processes.share(stage.batches(indices)):
-            for name, part in zip(names, hessian_product(stage, batch, vector, names)):
-                total[name] += part
+
+    def summed(stage: Stage) -> Parameters:
+        total = P.sums_like(template)
+        with evaluation(stage.model):
+            for batch in processes.share(stage.batches(indices)):
+                for name, part in zip(names, hessian_product(stage, batch, vector, names)):
+                    total[name] += part
+        return total
+
+    total = memory.within(stage, summed)
     return P.mean_like(processes.total(total), len(indices), template)
 
 

@@ -167,7 +167,7 @@ class CompiledScorer:
         with ExitStack() as stack:
             for module, forward in [*self._forwards, (head.module, _identity)]:
                 stack.enter_context(replaced(module, forward))
-            if self.stage.precision is not None:
+            if self.stage.precision is not None and self.stage.device.type == "cpu":
                 stack.enter_context(_float32_attention())
             model.eval()
             _Pass.layers, _Pass.groups = self._layers, Groups(torch.arange(len(batch.sequence)), len(batch.sequence))

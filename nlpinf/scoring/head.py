@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nlpinf.evaluation import evaluation, replaced
 from nlpinf.parameters import Parameters
+from nlpinf.pieces import entries
 from nlpinf.stages import Stage
 from nlpinf.tasks import Batch, CrossEntropy, OutputLoss, Task
 
@@ -56,7 +57,7 @@ class Head:
         weight, bias = parameters[self.weight], None if self.bias is None else parameters[self.bias]
         step, shift = vector.get(self.weight), None if self.bias is None else vector.get(self.bias)
         losses, tangents = x.new_empty(len(x)), x.new_zeros(len(x))
-        parts = list(self.parts(x, CHUNK))
+        parts = list(self.parts(x, entries(CHUNK, x)))
         longest = max((part.stop - part.start for part in parts), default=0)
         room = x.new_empty(2, longest, len(weight))  # the same memory for all chunks
         for part in parts:

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from transformers.pytorch_utils import Conv1D
 
+from nlpinf.pieces import entries
+
 _BLOCK = 1 << 22  # entries of the per-example gradients that are held at a time: 16 MiB in float32
 _SMALL = 1 << 16  # entries of a module's parameters up to which per-example gradients are formed whole
 
@@ -89,13 +91,14 @@ def bilinear(left: Tensor, right: Tensor, vectors: Tensor | Matrices, groups: Gr
     left, right = groups.gathered(left).transpose(1, 2), groups.gathered(right)
     total = left.new_zeros(groups.examples, len(vectors))
     # Blocks over examples and rows of V: the gradients of a vocabulary-sized layer for a batch would not fit in memory.
-    count = max(1, min(groups.examples, _BLOCK // (16 * right.shape[2])))
-    step = max(1, _BLOCK // (count * right.shape[2]))
+    block = entries(_BLOCK, left)
+    count = max(1, min(groups.examples, block // (16 * right.shape[2])))
+    step = max(1, block // (count * right.shape[2]))
     for r in range(0, left.shape[1], step):
-        block = vectors[:, r : r + step].flatten(1).T
+        rows = vectors[:, r : r + step].flatten(1).T
         for b in range(0, groups.examples, count):
             gradient = torch.bmm(left[b : b + count, r : r + step], right[b : b + count])
-            total[b : b + count].addmm_(gradient.flatten(1), block)
+            total[b : b + count].addmm_(gradient.flatten(1), rows)
     return total
 
 

@@ -94,11 +94,12 @@ def plan(
     encoding = []
     for _ in range(2):  # a tokenizer remembers words, so that the first part of a run takes longer than the others
         began = time.perf_counter()
-        encoded, batches, _ = scorer.arrange(part.examples)
+        scorer.arrange(part.examples)
         encoding.append(time.perf_counter() - began)
     seconds_encode = encoding[1]
-    seconds_score, measured = _scoring(scorer, encoded, part, batches, sample)
     _longest(scorer, feed, lengths, min(_LONGEST, feed.size))
+    encoded, batches = scorer.settled(part.examples, part.rows.tolist())
+    seconds_score, measured = _scoring(scorer, encoded, part, batches, sample)
     seconds_write, bytes_part = _writing(scorer, part, text and feed.has_texts, draw)
     seconds_part = seconds_encode + seconds_score + seconds_write
     parts = math.ceil(feed.size / part_rows)
@@ -171,10 +172,9 @@ def _spread(padded: np.ndarray, rows: Sequence[int], sample: int) -> np.ndarray:
 
 
 def _longest(scorer: RowScorer, feed: Feed, lengths: np.ndarray, count: int) -> None:
-    """Score the batch of the longest texts, so that the peak of the memory has been reached."""
+    """Score the batch of the longest texts, so that the peak of the memory has been reached, and a GPU's batches fit it."""
     part = feed.taken(np.argpartition(-lengths, count - 1)[:count])
-    encoded, batches, _ = scorer.arrange(part.examples)
-    scorer.score([encoded[i] for i in batches[0]], part.rows[batches[0]].tolist())
+    scorer.settled(part.examples, part.rows.tolist())
 
 
 def _writing(scorer: RowScorer, part: Part, text: bool, draw: np.random.Generator) -> tuple[float, int]:

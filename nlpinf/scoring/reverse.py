@@ -26,7 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from nlpinf import parameters as P
+from nlpinf.memory import OutOfMemory
 from nlpinf.parameters import Parameters
+from nlpinf.pieces import entries
 from nlpinf.scoring.forward import BatchScores, forward_scores
 from nlpinf.scoring.head import CHUNK, Head, linear_head
 from nlpinf.scoring.layers import Groups, Matrices, Rule, Vectors, linear, rule_of, takes_matrices
@@ -160,7 +162,7 @@ def through_head(
     queries = len(next(iter(vectors.values()), x[:0]))
     shares = {names[local]: x.new_zeros(len(batch), queries, dtype=torch.float64) for local in (mine if len(x) else ())}
     # Many queries read their vectors once a chunk, so their chunks are larger.
-    for part in head.parts(x, 4 * CHUNK if queries > 1 else CHUNK):
+    for part in head.parts(x, entries(4 * CHUNK if queries > 1 else CHUNK, x)):
         losses[part], delta, cotangent[part] = head.cotangents(stage, batch.targets, weights, x, part)
         examples, owner = torch.unique(batch.example[part], return_inverse=True)
         for local, share in linear(head.module, (x[part],), delta, mine, Groups(owner, len(examples))).items():
@@ -242,6 +244,8 @@ class _Watch:
         with torch.no_grad():
             try:
                 found = rule(module, (a,), delta, {local: self.vectors[name] for local, name in names.items()}, groups)
+            except OutOfMemory:
+                raise
             except (RuntimeError, NotImplementedError):
                 self.odd.update(names.values())
                 return

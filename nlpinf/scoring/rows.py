@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nlpinf.errors import BadInput
 from nlpinf.influence import QueryVectors
+from nlpinf.memory import OutOfMemory
 from nlpinf.scoring.compiled import CannotCompile, CompiledScorer
 from nlpinf.scoring.compress import Compression
 from nlpinf.scoring.forward import BatchScores, ForwardScorer
@@ -98,7 +99,16 @@ class RowScorer:
         waiting.reverse()
         while waiting:
             chosen = waiting.pop()
-            batch, result = self.score([encoded[i] for i in chosen], [rows[i] for i in chosen])
+            held = True
+            try:
+                batch, result = self.score([encoded[i] for i in chosen], [rows[i] for i in chosen])
+            except OutOfMemory:
+                held = False  # what the failed pass held is let go of with the exception
+            if not held:
+                self._shrink(chosen)
+                halves = [(c[len(c) // 2 :], c[: len(c) // 2]) for c in [*waiting, chosen]]
+                waiting = [half for pair in halves for half in pair if half]
+                continue
             if len(chosen) > 1 and not bool(torch.isfinite(result.scores).all()):
                 waiting += [[i] for i in chosen[::-1]]  # one NaN spreads to its neighbours (0 · NaN): find whose it is
                 continue
@@ -119,6 +129,27 @@ class RowScorer:
         positions = positions[order]
         places = positions + self.stage.task.ahead
         return RowScores(scores, losses, tokens, values[order], targets[order], positions, places, truncated, errors)
+
+    def settled(self, examples: Sequence[Any], rows: Sequence[int]) -> tuple[list[Any], list[list[int]]]:
+        """Return the encoded examples and their batches, cut so that a GPU's memory holds the largest."""
+        while True:
+            encoded, batches, _ = self.arrange(examples)
+            largest = max(batches, key=lambda c: len(c) * max(self.stage.task.length(encoded[i]) for i in c))
+            try:
+                self.score([encoded[i] for i in largest], [rows[i] for i in largest])
+                return encoded, batches
+            except OutOfMemory:
+                pass
+            self._shrink(largest)
+
+    def _shrink(self, chosen: list[int]) -> None:
+        """Let later batches be half as large: the GPU's memory did not hold this one."""
+        if len(chosen) == 1:
+            raise BadInput(
+                "the GPU's memory does not hold one row; take a shorter max_length, a GPU with more memory, or --device cpu"
+            )
+        torch.cuda.empty_cache()
+        self.batch_size, self.batch_tokens = max(1, self.batch_size // 2), max(1, self.batch_tokens // 2)
 
     def summary(self) -> dict[str, Any]:
         """Return what manifests say: mode and batches, whether it is compiled or why not, what compression was measured to do."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nlpinf.errors import BadInput
+from nlpinf.pieces import entries
 
 DEFAULT_NEGATIVES = 8192
 CHUNK = 2**22
@@ -77,7 +78,7 @@ def full_softmax_losses(hidden: Tensor, targets: Tensor, weight: Tensor, bias: T
     In chunks of items, so that (items × words) never exists whole outside reverse mode.
     """
     # 2²² logits (16 MB in float32) at a time: forward mode over 8,000 words took 0.66 of the time of one chunk.
-    chunk = max(1, CHUNK // len(weight))
+    chunk = max(1, entries(CHUNK, weight) // len(weight))
     return torch.cat(
         [
             F.cross_entropy(F.linear(h, weight, bias), t, reduction="none")

@@ -91,8 +91,14 @@ class CharacterEncoder(nn.Module):
         characters = characters[:, : min(characters.shape[1], used + widest)]
         table = torch.cat([self.embedding.weight.new_zeros(1, self.config.character_dim), self.embedding.weight])
         x = F.embedding(characters, table).transpose(1, 2)
-        pooled = torch.cat([conv(x).amax(-1) for conv in self.convolutions], -1)
+        pooled = torch.cat([greatest(conv(x), -1) for conv in self.convolutions], -1)
         return torch.relu(pooled) if self.config.activation == "relu" else torch.tanh(pooled)
+
+
+def greatest(x: Tensor, dim: int) -> Tensor:
+    """Return the greatest values along a dimension; under a GPU's autocast in float32, as that is what their tangents are made in."""
+    found = x.amax(dim)
+    return found.float() if x.is_cuda and torch.is_autocast_enabled("cuda") else found
 
 
 class Packing(NamedTuple):
