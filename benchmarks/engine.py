@@ -205,9 +205,8 @@ def main() -> None:
     arguments = options.parse_args()
     common.settle(arguments)
     sentences = common.texts(arguments.corpus, arguments.sentences)
-    stage = common.stage(
-        arguments.model, sentences, common.tokenizer(sentences), arguments.size, batch_size=64, batch_tokens=4096
-    )
+    sizes = {"batch_size": 64, "batch_tokens": 4096} if arguments.device == "cpu" else {}
+    stage = common.stage(arguments.model, sentences, common.tokenizer(sentences), arguments.size, **sizes)
     makers: dict[str, Callable[[], dict[str, Any]]] = {
         "compile": lambda: compiled(stage, arguments),
         "bfloat16": lambda: low(stage, arguments),

@@ -88,10 +88,11 @@ class Solve:
 def stages(kind: str, arguments: Any) -> list[Stage]:
     """Return the stages of one kind."""
     if kind in ("pretrain", "finetune"):
-        return [Stage.from_run(arguments.demo / kind, batch_size=256, batch_tokens=8192)]
+        size, tokens = (256, 8192) if processes.device().type == "cpu" else (2048, 65536)
+        return [Stage.from_run(arguments.demo / kind, batch_size=size, batch_tokens=tokens)]
     texts = common.texts(arguments.corpus, arguments.sentences)
     if kind == "gpt2":
-        return [common.stage("gpt2", texts, common.tokenizer(texts))]
+        return [common.stage("gpt2", texts, common.tokenizer(texts), name="gpt2")]
     torch.manual_seed(0)
     words = [text.split() for text in texts]
     known = list(dict.fromkeys(w for line in words for w in line))[:1000]

@@ -51,7 +51,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
                 stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         if torch.cuda.is_available():
             cudnn = torch.backends.cudnn
-            stack.enter_context(cudnn.flags(cudnn.enabled, deterministic=cudnn.deterministic, allow_tf32=False))
+            enabled = cudnn.enabled and not recurrent  # or it lays recurrent weights out anew, dual tensors too
+            stack.enter_context(cudnn.flags(enabled, deterministic=cudnn.deterministic, allow_tf32=False))
             if recurrent:
                 stack.enter_context(written_out_recurrence())
         try:
