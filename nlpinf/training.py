@@ -7,8 +7,10 @@ function of the seed.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from nlpinf import parameters as P
+from nlpinf import processes
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
 from nlpinf.stages import Stage
@@ -98,6 +101,36 @@ class Schedule:
         self.epoch += 1
         for step, k in enumerate(torch.randperm(len(batches), generator=generator).tolist(), start):
             yield [(i, turn, step) for i in batches[k] if i not in self.exclude]
+
+
+class _Arguments(TrainingArguments):
+    """Of one process, the stage's own device alone; the Trainer would take the first GPU, and copy the model to the others."""
+
+    place = torch.device("cpu")
+
+    @property
+    def device(self) -> torch.device:
+        chosen: torch.device = super().device
+        return self.place if processes.launched() == 1 else chosen
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, super().n_gpu)
+
+
+@contextmanager
+def _placed(device: torch.device) -> Iterator[None]:
+    """Let accelerate put what it prepares on the device."""
+    before = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    if processes.launched() == 1:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
+        else:
+            os.environ["ACCELERATE_TORCH_DEVICE"] = before
 
 
 class _StageTrainer(Trainer):
@@ -190,8 +223,8 @@ def train(
     optimizer = torch.optim.Adam(groups, lr=settings.learning_rate, fused=False)
     steps = len(schedule) * settings.epochs
     scheduler = get_scheduler("linear", optimizer, int(settings.warmup * steps), steps)
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
+    with tempfile.TemporaryDirectory() as scratch, _placed(stage.device):
+        arguments = _Arguments(
             output_dir=scratch,
             max_steps=steps,
             max_grad_norm=settings.max_gradient_norm,
@@ -204,6 +237,7 @@ def train(
             use_cpu=stage.device.type == "cpu",
             dataloader_pin_memory=False,
         )
+        arguments.place = stage.device
         trainer = _StageTrainer(stage, schedule, examples, anchor, args=arguments, optimizers=(optimizer, scheduler))
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback", "NotebookProgressCallback"):

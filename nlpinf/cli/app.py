@@ -44,7 +44,10 @@ app = typer.Typer(
 def _options(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
     device: str = typer.Option(
-        "auto", "--device", help="Where models run: cpu, cuda, cuda:1; auto: a GPU if there is one."
+        "auto",
+        "--device",
+        envvar="NLPINF_DEVICE",
+        help="Where models run: cpu, cuda, cuda:1; auto: a GPU if there is one.",
     ),
     threads: int = typer.Option(0, "--threads", help="CPU threads to use; 0 leaves PyTorch's default.", min=0),
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from nlpinf import processes
 from nlpinf.adapters.elmo import ElmoConfig, ElmoFiles, ElmoLM, Vocabulary
 from nlpinf.adapters.heads import HeadSettings, TextClassifier
 from nlpinf.adapters.huggingface import build_task, new_model, shared_names
@@ -180,7 +181,7 @@ def words_for(settings: PretrainSettings, corpus: Sequence[str], given: Path | N
 def pretraining(settings: PretrainSettings, corpus: Sequence[str], words: Any, seed: int) -> Stage:
     """Return the pretraining stage at its seeded initialisation."""
     kind = KINDS[settings.task]
-    model = kind.model(settings, words, seed)
+    model = kind.model(settings, words, seed).to(processes.device())
     return Stage(
         model,
         kind.task(settings, model, words, seed),
@@ -218,7 +219,7 @@ def finetuning(
     model: nn.Module, task: Task, settings: Classifier, head: HeadSettings, rows: Sequence[Any], seed: int, frozen: bool
 ) -> Stage:
     """Return the finetuning stage on a copy of a pretraining model's encoder, its head at its seeded initialisation."""
-    classifier = TextClassifier.on(model, head, seed)
+    classifier = TextClassifier.on(model, head, seed).to(processes.device())
     shared = shared_names(model, classifier)
     return Stage(
         classifier,
@@ -233,7 +234,7 @@ def finetuning(
 def anchor(model: nn.Module, stage: Stage, alpha: float) -> Anchor:
     """Return the proximity term α ‖W − W*‖² of a finetuning stage to the encoder of the pretraining model."""
     theirs = dict(model.named_parameters())
-    return Anchor(alpha, {n: theirs[n].detach().clone() for n in shared_names(model, stage.model)})
+    return Anchor(alpha, {n: theirs[n].detach().clone().to(stage.device) for n in shared_names(model, stage.model)})
 
 
 @dataclass(frozen=True)

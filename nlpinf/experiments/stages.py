@@ -189,8 +189,9 @@ def predictions(stage: Stage, rows: list[dict[str, Any]]) -> tuple[torch.Tensor,
     with evaluation(stage.model), torch.no_grad():
         for batch in test.batches():
             outputs = test.outputs(batch)
-            losses[batch.rows] = stage.task.losses(outputs, batch).double()
-            right[batch.rows] = outputs.argmax(-1) == batch.targets
+            own = batch.rows.cpu()
+            losses[own] = stage.task.losses(outputs, batch).double().cpu()
+            right[own] = (outputs.argmax(-1) == batch.targets).cpu()
     return losses, right
 
 

@@ -215,7 +215,7 @@ def choose(spectra: Mapping[str, Spectrum], budget: float) -> dict[str, tuple[in
             if side is not None:
                 energies.append(torch.stack([side.energy / cost, side.energy]))
                 sides += [(name, which)] * len(side.energy)
-    price, energy = torch.cat(energies, 1)
+    price, energy = torch.cat(energies, 1).cpu()
     order = torch.argsort(price)
     lost = torch.zeros(len(order), dtype=torch.bool)
     lost[order] = torch.cumsum(energy[order], 0) <= budget
