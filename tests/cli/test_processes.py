@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -43,3 +44,20 @@ def test_two_processes_write_the_query_of_one(root: Path, tmp_path: Path) -> Non
     alone, shared = (load_file(tmp_path / name / "vectors-00000.safetensors") for name in ("one", "two"))
     for name, tensor in alone.items():
         torch.testing.assert_close(shared[name], tensor, rtol=1e-3, atol=1e-4 * float(tensor.abs().max()))
+
+
+def test_of_a_launchers_processes_the_first_alone_prints(root: Path, tmp_path: Path) -> None:
+    """Scoring needs no group: processes share the parts, and each ends when all are done."""
+    command = [
+        sys.executable, "-m", "nlpinf", "score", "--query", root / "run/query", "--out", tmp_path / "scores", "--json",
+    ]  # fmt: skip
+    for rank in (1, 0):
+        launched = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [str(part) for part in command], capture_output=True, text=True, env={**os.environ, **launched}
+        )
+        assert done.returncode == 0, done.stderr
+        if rank:
+            assert done.stdout == "" and done.stderr == ""
+        else:
+            assert json.loads(done.stdout)["kind"] == "scores"
