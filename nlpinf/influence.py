@@ -71,7 +71,7 @@ class ImplicitSolve:
     `damping`    λ, absolute or `Relative`
     `sample`     rows of the stage's corpus that the operator averages over; None for all. A second sample of as many
                  other rows, if there are any, measures how far the first determines the answer
-    `preconditioner`  "none", "auto", "diagonal", "ekfac", "nystrom", "ekfac+nystrom", "spectral", or a `Preconditioning`
+    `preconditioner`  "none", "diagonal", "ekfac", "nystrom", "ekfac+nystrom", "spectral", or a `Preconditioning`
     `draw`       which of the disjoint samples of this seed and size
     `starts`     guesses of the solutions, by the stage's name
     `checkpoints`  where the solve keeps its state, to go on after an interruption

@@ -15,7 +15,7 @@ from nlpinf.curvature.spectrum import smallest_ritz_value
 from nlpinf.data.corpus import examples_sha256
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
-from nlpinf.solvers import Choice, Preconditioner, Preconditioning, Solution, Solver, preconditioning
+from nlpinf.solvers import Preconditioner, Preconditioning, Solution, Solver, preconditioning
 from nlpinf.stages import Link, fingerprint
 
 CurvatureChoice = CurvatureKind | Literal["auto"]
@@ -129,10 +129,9 @@ class System:
         if self._fallback is not None and any(s.verdict == "negative curvature" for s in solutions):
             self._fall_back("a solve with the damped Hessian met negative curvature")
             return self.solve(solver, rights, progress, starts, checkpoints)
-        chosen = f"preconditioner {self._preconditioner.name}" if isinstance(self._preconditioner, Choice) else ""
-        if not self.reason and not chosen:
+        if not self.reason:
             return solutions
-        return [replace(s, note="; ".join(filter(None, (s.note, self.reason, chosen)))) for s in solutions]
+        return [replace(s, note="; ".join(filter(None, (s.note, self.reason)))) for s in solutions]
 
     def _identity(
         self, solver: Solver, rights: Sequence[Parameters], starts: Sequence[Parameters] | None

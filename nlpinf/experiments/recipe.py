@@ -110,7 +110,7 @@ Sample = Annotated[int, Field(ge=1)] | None
 
 CurvatureName = Literal["ggn", "hessian", "fisher", "auto"]
 SolverName = Literal["cg", "minres", "lissa", "direct"]
-PreconditionerName = Literal["none", "auto", "diagonal", "ekfac", "nystrom", "ekfac+nystrom", "spectral"]
+PreconditionerName = Literal["none", "diagonal", "ekfac", "nystrom", "ekfac+nystrom", "spectral"]
 
 
 class QuerySettings(_Strict):

@@ -6,8 +6,6 @@ from nlpinf.solvers.direct import Direct
 from nlpinf.solvers.lissa import LiSSA
 from nlpinf.solvers.minres import MINRES
 from nlpinf.solvers.preconditioners import (
-    Choice,
-    Chosen,
     EKFACPreconditioning,
     LimitedMemory,
     Nystrom,
@@ -19,8 +17,6 @@ from nlpinf.solvers.refined import Refined
 __all__ = [
     "CG",
     "MINRES",
-    "Choice",
-    "Chosen",
     "Direct",
     "EKFACPreconditioning",
     "LiSSA",

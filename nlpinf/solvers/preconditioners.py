@@ -16,7 +16,6 @@ from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
 from nlpinf.solvers.base import Preconditioner
 from nlpinf.solvers.block import Columns
-from nlpinf.solvers.cg import CG
 
 
 class Preconditioning(Protocol):
@@ -154,48 +153,8 @@ class _Recycled:
         return v
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """Nothing or `other`, whichever gets further in `products` products of conjugate gradient for the gradient b of one row.
-
-    From zero, ⟨b, x_k⟩ = ‖x*‖² − ‖x_k − x*‖² in the norm of the operator, whatever the preconditioner (Hestenes and Stiefel,
-    1952), so the larger ⟨b, x_k⟩ has the smaller error: what a residual does not tell. It costs twice `products`, once a
-    stage, and the fit of `other`. What was chosen is told in the solutions' notes.
-    """
-
-    products: int = 24
-    other: EKFACPreconditioning = field(default_factory=EKFACPreconditioning)
-
-    def settings(self) -> dict[str, Any]:
-        return {"name": "auto", "products": self.products, "other": self.other.settings()}
-
-    def fit(self, operator: Shifted) -> Preconditioner:
-        factors, base = self.other.factors(operator), operator.base
-        assert isinstance(base, Curvature)
-        inverse = factors.inverse(operator.damping, operator.shift)
-        right = P.select(base.stage.gradient(indices=base.indices[:1], decay=False), operator.template)
-        reached = [
-            P.dot(right, CG(1e-12, self.products, preconditioner)(operator, right).vector)
-            for preconditioner in (None, inverse)
-        ]
-        # An answer that is not finite, or behind, is no reason to change anything.
-        return Choice(self.other.name, inverse) if reached[1] > reached[0] else Choice("none", lambda v: v)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A preconditioner that was chosen, and its name."""
-
-    name: str
-    inverse: Preconditioner
-
-    def __call__(self, v: Parameters) -> Parameters:
-        return self.inverse(v)
-
-
 KINDS: dict[str, Callable[[], Preconditioning | None]] = {
     "none": lambda: None,
-    "auto": Chosen,
     "diagonal": lambda: EKFACPreconditioning(largest=0, name="diagonal"),
     "ekfac": EKFACPreconditioning,
     "nystrom": Nystrom,
@@ -213,13 +172,4 @@ def preconditioning(kind: str | Preconditioning | None) -> Preconditioning | Non
     return KINDS[kind]()
 
 
-__all__ = [
-    "KINDS",
-    "Choice",
-    "Chosen",
-    "EKFACPreconditioning",
-    "LimitedMemory",
-    "Nystrom",
-    "Preconditioning",
-    "preconditioning",
-]
+__all__ = ["KINDS", "EKFACPreconditioning", "LimitedMemory", "Nystrom", "Preconditioning", "preconditioning"]

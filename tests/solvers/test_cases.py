@@ -13,7 +13,7 @@ from nlpinf import parameters as P
 from nlpinf.curvature import Matrix
 from nlpinf.curvature.ekfac import EKFAC
 from nlpinf.influence import ImplicitSolve
-from nlpinf.solvers import CG, MINRES, Chosen, LiSSA
+from nlpinf.solvers import CG, MINRES, LiSSA
 from nlpinf.systems import System
 from tests import oracle
 from tests.cases import FAMILIES, case
@@ -116,35 +116,3 @@ def test_one_row_and_a_query_without_a_gradient() -> None:
         first, zero = system.solve(replace(CG(1e-6), max_iterations=500), [right, P.zeros_like(right)])
         assert first.converged and first.second_residual is not None
         assert zero.converged and P.norm(zero.vector) == 0.0
-
-
-@pytest.mark.parametrize("share", [1.0, 1e-2, 1e-4])
-@pytest.mark.parametrize("family", ["mlp", "bert sdpa", "gpt2 sdpa", "lstm tagger"])
-def test_the_chosen_preconditioner_is_the_one_with_the_smaller_error(family: str, share: float) -> None:
-    """The errors are those of the dense solution, in the norm of the damped matrix; nothing of the choice is used."""
-    link, d = case(family, "frozen").chain.links[0], oracle.dense(family, "frozen", 0)
-    matrix = oracle.matrix(family, "frozen", 0, "ggn")
-    damping = share * float(torch.linalg.eigvalsh(matrix)[-1])
-    damped = matrix + damping * torch.eye(len(matrix)).double()
-    trained = d.where(list(link.stage.trained))
-    system = System(link, "ggn", damping, None, 0, Chosen(products=3))
-    right = link.stage.gradient(indices=[system.first[0]], decay=False)
-    expected = torch.linalg.solve(damped, d.flat(right)[trained])
-    errors = {}
-    for name, inverse in {"none": None, "ekfac": factors(family).inverse(damping, link.shift)}.items():
-        found = d.flat(CG(1e-12, 3, inverse)(system.operator, right).vector)[trained] - expected
-        errors[name] = float(found @ damped @ found)
-    (solution,) = system.solve(CG(1e-6), [right])
-    assert solution.note == f"preconditioner {min(errors, key=errors.__getitem__)}"
-
-
-def test_both_are_chosen_somewhere() -> None:
-    """So that the test above can fail."""
-    names = set()
-    for family, share in [(f, s) for f in ("mlp", "bert sdpa", "gpt2 sdpa", "lstm tagger") for s in (1.0, 1e-4)]:
-        link = case(family, "frozen").chain.links[0]
-        damping = share * float(torch.linalg.eigvalsh(oracle.matrix(family, "frozen", 0, "ggn"))[-1])
-        system = System(link, "ggn", damping, None, 0, Chosen(products=3))
-        right = link.stage.gradient(indices=[system.first[0]], decay=False)
-        names.add(system.solve(CG(1e-6), [right])[0].note)
-    assert names == {"preconditioner none", "preconditioner ekfac"}

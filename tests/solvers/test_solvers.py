@@ -189,5 +189,5 @@ def test_ekfac_alone_says_what_it_is_worth() -> None:
         preconditioning("ekfac").fit(Shifted(Matrix(TEMPLATE, definite())))  # type: ignore[union-attr]
     with pytest.raises(BadInput, match="give it one"):
         Direct()(operator, right)
-    with pytest.raises(BadInput, match="none of 'none', 'auto', 'diagonal'"):
+    with pytest.raises(BadInput, match="none of 'none', 'diagonal'"):
         preconditioning("best")
