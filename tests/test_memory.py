@@ -88,6 +88,17 @@ def test_a_part_of_an_operator_keeps_to_its_own_rows() -> None:
             assert apart(found @ v, right) < 1e-12
 
 
+def test_parts_of_an_operator_that_cut_its_batches_are_all_of_it() -> None:
+    stage = replace(own_stage(), batch_size=6)
+    v = P.random_like(stage.theta, 1)
+    whole = Curvature(stage, "ggn") @ v
+    with holding(stage, 2):
+        operator = Curvature(stage, "ggn")
+        assert apart(operator @ v, whole) < 1e-12
+        found = [part @ v for part in operator.parts()]
+        assert apart(P.mean_like(P.axpy(1.0, found[0], found[1]), len(found), v), whole) < 1e-12
+
+
 def test_factors_are_the_same_from_smaller_batches() -> None:
     stage = own_stage()
     v = P.random_like(stage.theta, 1)

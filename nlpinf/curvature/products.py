@@ -216,11 +216,11 @@ class Curvature(Operator):
         self._constants = Constants(stage, keep)
 
     def parts(self) -> list[Operator]:
-        """Return an operator for every batch (of each process, in a group); their mean is this one."""
+        """Return an operator for every batch (of each process, in a group) that there was at first; their mean is this one."""
         parts: list[Operator] = []
         for turn in range(self._turns):
             part = copy.copy(self)
-            part.batches, part.products, part.rows = self.batches[turn : turn + 1], 0, self.rows / self._turns
+            part.batches, part.products, part.rows = self.batches[turn :: self._turns], 0, self.rows / self._turns
             parts.append(part)
         return parts
 
