@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
+from nlpinf import heap
 from nlpinf.adapters import elmo
 from nlpinf.adapters.elmo.network import ProjectedLSTM
 
@@ -279,9 +280,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument(
+        "--heap",
+        choices=["kept", "default"],
+        default="kept",
+        help="kept: freed memory stays with the process, as in the nlpinf commands; for all works alike",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.heap == "kept":
+        heap.keep()
     warnings.filterwarnings("ignore", message="LSTM with projections")
     clock = time.perf_counter if args.clock == "wall" else time.process_time
     report: dict[str, Any] = {
@@ -289,6 +298,7 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "threads": args.threads,
         "clock": args.clock,
+        "heap": args.heap,
         "rounds": args.rounds,
     }
     for part in args.parts:

@@ -8,30 +8,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_sigmoid_tangent = torch.ops.aten.sigmoid_backward.default  # (tangent of x, σ(x)) to that of σ(x)
-_tanh_tangent = torch.ops.aten.tanh_backward.default
+Pair = tuple[Tensor, Tensor | None]
+"""A value and its tangent in the direction, if it moves."""
 
 
-def advance(
-    gates: Tensor, tangents: Tensor | None, c: Tensor, dc: Tensor | None, limit: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """Write the next cell state to `c` and return o ⊙ tanh(c), in c's dtype, with the tangents where there are any.
+def advance(gates: Tensor, tangents: Tensor | None, c: Pair, limit: float | None, y: Pair) -> None:
+    """Write the next cell state over `c` and o ⊙ tanh(c) to `y`, both with the tangents where there are any.
 
-    gates (..., 4 hidden): i, j, f, o before σ and tanh, written over, `tangents` too; c, dc (..., hidden).
+    gates (..., 4 hidden): i, j, f, o before σ and tanh, written over, `tangents` too; c, y (..., hidden) of one dtype.
     """
+    (c, dc), (y, dy) = c, y
     hidden = c.shape[-1]
     i, j, f, o = gates.split(hidden, -1)
     torch.sigmoid_(i), torch.tanh_(j), torch.sigmoid_(gates[..., 2 * hidden :])
-    if tangents is not None and dc is not None:
-        di, dj, df, do = tangents.split(hidden, -1)
-        _add_product(dc.mul_(f), _sigmoid_tangent(df, f), c)
-        _add_product(_add_product(dc, _sigmoid_tangent(di, i), j), i, _tanh_tangent(dj, j))
+    if tangents is None or dc is None or dy is None:
+        _add_product(c.mul_(f), i, j)
+        clip(c, None, limit)
+        torch.mul(o, torch.tanh(c), out=y)
+        return
+    di, dj, df, do = tangents.split(hidden, -1)
+    _add_product(dc.mul_(f), _sigmoid_tangent(df, f), c)
+    _add_product(_add_product(dc, _sigmoid_tangent(di, i), j), i, _tanh_tangent(dj, j))
     _add_product(c.mul_(f), i, j)
     clip(c, dc, limit)
     squashed = torch.tanh(c)
-    if tangents is None or dc is None:
-        return o * squashed, None
-    return o * squashed, _add_product(_sigmoid_tangent(do, o) * squashed, o, _tanh_tangent(dc, squashed))
+    torch.mul(o, squashed, out=y)
+    _add_product(torch.mul(_sigmoid_tangent(do, o), squashed, out=dy), o, _tanh_tangent(dc.clone(), squashed))
+
+
+def _sigmoid_tangent(tangent: Tensor, value: Tensor) -> Tensor:
+    """The tangent of σ(x), from that of x, which it is written over, and σ(x)."""
+    return torch.ops.aten.sigmoid_backward.grad_input(tangent, value, grad_input=tangent)
+
+
+def _tanh_tangent(tangent: Tensor, value: Tensor) -> Tensor:
+    return torch.ops.aten.tanh_backward.grad_input(tangent, value, grad_input=tangent)
 
 
 def clip(value: Tensor, tangent: Tensor | None, limit: float | None) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nlpinf.adapters.elmo import cell
+from nlpinf.adapters.elmo.cell import Pair
 
 COLUMNS = 32  # of bfloat16 in a row of a tile; a product of 513 columns takes 1.6 times as long as one of 544
 
@@ -21,10 +22,6 @@ def applies(x: Tensor, dtype: torch.dtype) -> bool:
     ops = torch.ops.mkldnn
     known = all(hasattr(ops, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     return dtype == torch.bfloat16 and x.device.type == "cpu" and known and ops._is_mkldnn_bf16_supported()
-
-
-Pair = tuple[Tensor, Tensor | None]
-"""A value and its tangent in the direction, if it moves."""
 
 
 class _Packed:
@@ -87,9 +84,11 @@ def advance(
             z[1, :, :k] = x[1][start : start + n]
         gates, dgates = gates_of(z)
         gates, dgates = gates.to(state_dtype), None if dgates is None else dgates.to(state_dtype)
-        y, dy = cell.advance(gates, dgates, c[0, :n], c[1, :n] if moving else None, clips[0])
+        cells = c.new_empty(copies, n, hidden)
+        y, dy = _pair(cells)
+        cell.advance(gates, dgates, _pair(c[:, :n]), clips[0], (y, dy))
         if outputs_of is not None:
-            y, dy = outputs_of(torch.stack([y] if dy is None else [y, dy]).to(z.dtype))
+            y, dy = outputs_of(cells.to(z.dtype))
             cell.clip(y, dy, clips[1])
         here = out[:, start : start + n]
         here[0] = y
@@ -98,6 +97,10 @@ def advance(
         z[:, :, k : k + width] = here
         start += n
     return out[0], out[1] if moving else None
+
+
+def _pair(both: Tensor) -> Pair:
+    return both[0], both[1] if len(both) > 1 else None
 
 
 def _joined(weights: list[Pair]) -> Pair:

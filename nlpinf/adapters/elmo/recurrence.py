@@ -52,42 +52,41 @@ class Gates:
         """Whether the loop is that of `packed`, which makes a step's gates in one product."""
         return packed.applies(self._x, self.low)
 
-    def inputs(self, way: int) -> packed.Pair:
+    def inputs(self, way: int) -> cell.Pair:
         """The tokens' inputs (N, k) of a direction."""
         if self._which is None:
             return self._x[way], None if self._dx is None else self._dx[way]
         ids = self._which[way]
         return self._x[way][ids], None if self._dx is None else self._dx[way][ids]
 
-    def weights(self, way: int) -> list[packed.Pair]:
+    def weights(self, way: int) -> list[cell.Pair]:
         """W_ih (m, k) and b (m, 1) of a direction."""
         bias = self._b[way, :, None], None if self._db is None else self._db[way, :, None]
         return [(self._w[way], None if self._dw is None else self._dw[way]), bias]
 
-    def fill(self, values: Tensor, changes: Tensor | None, rows: slice) -> None:
-        """Write the gate inputs of these tokens to `values` (2, n, m) and their tangents to `changes`."""
+    def fill(self, block: Tensor, rows: slice) -> None:
+        """Write the gate inputs of these tokens, and their tangents if they have any, to `block` (2, n, 1 or 2, m)."""
         if self._which is None:
-            return self._make(values, changes, rows)
+            return self._make(block, rows)
         if self._table is None:  # of the distinct words
-            table = self._x.new_empty(2, self._x.shape[1], self.width)
-            self._table = table, torch.empty_like(table) if self.moving else None
-            self._make(*self._table, slice(None))
-        table, change = self._table
+            self._table = block.new_empty(2, self._x.shape[1], block.shape[2], self.width)
+            self._make(self._table, slice(None))
         for way in range(2):
-            ids = self._which[way, rows]
-            torch.index_select(table[way], 0, ids, out=values[way])
-            if changes is not None:
-                changes[way].zero_() if change is None else torch.index_select(change[way], 0, ids, out=changes[way])
+            torch.index_select(self._table[way], 0, self._which[way, rows], out=block[way])
 
-    def _make(self, values: Tensor, changes: Tensor | None, rows: slice) -> None:
-        values.copy_(self._b[:, None].expand_as(values)).baddbmm_(self._x[:, rows], self._w.mT)
-        if changes is None:
+    def _make(self, block: Tensor, rows: slice) -> None:
+        values, x = block[:, :, 0], self._x[:, rows]
+        if block.shape[2] == 1:
+            values.copy_(self._b[:, None].expand_as(values)).baddbmm_(x, self._w.mT)
             return
-        changes.zero_() if self._db is None else changes.copy_(self._db[:, None].expand_as(changes))
-        if self._dx is not None:
-            changes.baddbmm_(self._dx[:, rows], self._w.mT)
+        bias = torch.stack([self._b, torch.zeros_like(self._b) if self._db is None else self._db], 1)
+        block.copy_(bias[:, None].expand_as(block))
+        if self._dx is None:
+            values.baddbmm_(x, self._w.mT)
+        else:
+            block.flatten(1, 2).baddbmm_(torch.stack([x, self._dx[:, rows]], 2).flatten(1, 2), self._w.mT)
         if self._dw is not None:
-            changes.baddbmm_(self._x[:, rows], self._dw.mT)
+            block[:, :, 1].baddbmm_(x, self._dw.mT)
 
 
 def advance(
@@ -129,7 +128,7 @@ def _advance_packed(
     return forward_ad.make_dual(out, torch.stack([t for _, t in ways if t is not None]).to(gates.dtype))
 
 
-def _of(pair: packed.Pair, way: int) -> packed.Pair:
+def _of(pair: cell.Pair, way: int) -> cell.Pair:
     return pair[0][way], None if pair[1] is None else pair[1][way]
 
 
@@ -141,51 +140,50 @@ def _advance(
     cell_clip: float | None,
     projection_clip: float | None,
 ) -> Tensor:
+    """A token's tangent lies behind its value, so that both meet a weight in one product of twice the rows."""
     low = gates.low
     w, dw = _pair(weight_hh, low)
     r, dr = (None, None) if weight_hr is None else _pair(weight_hr, low)
-    moving = gates.moving or dw is not None or dr is not None
+    copies = 2 if gates.moving or dw is not None or dr is not None else 1
     hidden, width = gates.width // 4, w.shape[2]
-    out = w.new_empty(2, sum(sizes), width)
-    dout = torch.empty_like(out) if moving else None
-    c = w.new_zeros(2, sizes[0], hidden, dtype=gates.dtype)
-    dc = torch.zeros_like(c) if moving else None
-    room = w.new_empty((2 if moving else 1) * 2 * max(ROWS, sizes[0]) * gates.width)  # the same for all steps
-    g = dg = None
+    out = w.new_empty(2, sum(sizes), copies, width)
+    c = w.new_zeros(copies, 2, sizes[0], hidden, dtype=gates.dtype)
+    y = w.new_empty(2, sizes[0], copies, hidden, dtype=gates.dtype)
+    room = w.new_empty(2 * max(ROWS, sizes[0]) * copies * gates.width)  # the same for all steps
+    block = room
     first = end = start = before = 0
     for step_number, n in enumerate(sizes):
         if start == end:
             first, end = start, start + _count(sizes[step_number:])
-            shape = (2, end - first, gates.width)
-            size = 2 * shape[1] * shape[2]
-            g = room[:size].view(shape)
-            dg = room[size : 2 * size].view(shape) if moving else None
-            gates.fill(g, dg, slice(first, end))
-        assert g is not None
-        step, here, last = slice(start, start + n), slice(start - first, start - first + n), slice(before, before + n)
+            block = room[: 2 * (end - first) * copies * gates.width].view(2, end - first, copies, gates.width)
+            gates.fill(block, slice(first, end))
+        step, last = slice(start, start + n), slice(before, before + n)
+        g = block[:, start - first : start - first + n]
         if start:
             for way in range(2):
-                g[way, here].addmm_(out[way, last], w[way].T)
-                if dg is not None and dout is not None:
-                    dg[way, here].addmm_(dout[way, last], w[way].T)
-                    if dw is not None:
-                        dg[way, here].addmm_(out[way, last], dw[way].T)
-        y, dy = cell.advance(
-            g[:, here], None if dg is None else dg[:, here], c[:, :n], None if dc is None else dc[:, :n], cell_clip
-        )
-        y = y.to(low)
-        if dout is not None and dy is not None:
-            dy = dy.to(low)
-            dout[:, step] = dy if r is None else torch.bmm(dy, r.mT)
+                g[way].flatten(0, 1).addmm_(out[way, last].flatten(0, 1), w[way].T)
+                if dw is not None:
+                    g[way, :, 1].addmm_(out[way, last, 0], dw[way].T)
+        y, now = y[:, :n], out[:, step]
+        states = c[0, :, :n], c[1, :, :n] if copies == 2 else None
+        cell.advance(g[:, :, 0], g[:, :, 1] if copies == 2 else None, states, cell_clip, _both(y))
+        if r is None:
+            now.copy_(y)
+        else:
+            cells = y.to(low)
+            now.copy_(torch.bmm(cells.flatten(1, 2), r.mT).view_as(now))
             if dr is not None:
                 for way in range(2):
-                    dout[way, step].addmm_(y[way], dr[way].T)
-        out[:, step] = y if r is None else torch.bmm(y, r.mT)
-        if r is not None:
-            cell.clip(out[:, step], None if dout is None else dout[:, step], projection_clip)
+                    now[way, :, 1].addmm_(cells[way, :, 0], dr[way].T)
+            cell.clip(*_both(now), projection_clip)
         start, before = start + n, start
-    out, dout = out.to(gates.dtype), None if dout is None else dout.to(gates.dtype)
-    return out if dout is None else forward_ad.make_dual(out, dout)
+    value, tangent = _both(out.to(gates.dtype))
+    return value if tangent is None else forward_ad.make_dual(value, tangent)
+
+
+def _both(x: Tensor) -> cell.Pair:
+    """A value and its tangent, which lies behind it along axis 2."""
+    return x[:, :, 0], x[:, :, 1] if x.shape[2] == 2 else None
 
 
 def _count(sizes: list[int]) -> int:
