@@ -12,12 +12,12 @@ Pair = tuple[Tensor, Tensor | None]
 """A value and its tangent in the direction, if it moves."""
 
 
-def advance(gates: Tensor, tangents: Tensor | None, c: Pair, limit: float | None, y: Pair) -> None:
-    """Write the next cell state over `c` and o ⊙ tanh(c) to `y`, both with the tangents where there are any.
+def advance(gates: Tensor, tangents: Tensor | None, state: Pair, limit: float | None, result: Pair) -> None:
+    """Write the next cell state c over `state` and o ⊙ tanh(c) to `result`, both with the tangents where there are any.
 
-    gates (..., 4 hidden): i, j, f, o before σ and tanh, written over, `tangents` too; c, y (..., hidden) of one dtype.
+    gates (..., 4 hidden): i, j, f, o before σ and tanh, written over, `tangents` too; state, result (..., hidden) of one dtype.
     """
-    (c, dc), (y, dy) = c, y
+    (c, dc), (y, dy) = state, result
     hidden = c.shape[-1]
     i, j, f, o = gates.split(hidden, -1)
     torch.sigmoid_(i), torch.tanh_(j), torch.sigmoid_(gates[..., 2 * hidden :])

@@ -43,7 +43,7 @@ class Gates:
         self._w, self._dw = _pair(weight, self.low)
         self.moving = any(t is not None for t in (self._db, self._dx, self._dw))
         self.width, self._which = self._w.shape[1], which
-        self._table: tuple[Tensor, Tensor | None] | None = None
+        self._table: Tensor | None = None
         if which is not None:
             self._x = self._x.expand(2, *self._x.shape)
             self._dx = None if self._dx is None else self._dx.expand(2, *self._dx.shape)
