@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from nlpinf.damping import Relative
 from nlpinf.data.corpus import Corpus, read_labelled
-from nlpinf.influence import ImplicitSolve, QueryVectors, Relative, query_vectors
+from nlpinf.influence import ImplicitSolve, QueryVectors, query_vectors
 from nlpinf.queries import Query
 from nlpinf.scoring import Scorer, Scores, score
 from nlpinf.solvers import CG

@@ -1,7 +1,8 @@
 """Which damping: the spectrum of each stage's curvature, and how query vector and ranking move along a ladder of dampings.
 
 A damping that is too small makes the answer one of the curvature sample; one that is too large turns it into a dot product of
-gradients. Between the two, ranks change little from one rung to the next: the advice is the smallest such damping.
+gradients. Between the two, ranks change little from one rung to the next: the advice is the smallest such damping, and where ranks never
+settle the smallest with which a second sample agrees, which is what "auto" takes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from scipy.stats import spearmanr
 from nlpinf import parameters as P
 from nlpinf.curvature import CurvatureKind
 from nlpinf.curvature.spectrum import Spectrum, sketch
+from nlpinf.damping import DETERMINED
 from nlpinf.errors import BadInput
 from nlpinf.influence import Progress, passed_back
 from nlpinf.parameters import Parameters
@@ -27,9 +29,8 @@ from nlpinf.solvers.ladder import solve_ladder
 from nlpinf.stages import Chain, Stage
 from nlpinf.systems import System
 
-FACTORS = (1e-3, 1e-2, 1e-1, 1.0)
+FACTORS = (1e-2, 1e-1, 1.0, 10.0, 100.0)
 STEADY = 0.95  # rank correlation with the next larger damping from which ranks count as kept
-DETERMINED = 0.5  # residual on a second sample up to which the sample counts as large enough
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,16 @@ def _recommended(rungs: list[Rung]) -> tuple[int | None, str]:
                 "" if r.second_residual is None else f" and a second sample agrees (residual {r.second_residual:.2f})"
             )
             return k, f"the smallest whose ranks are kept by the next larger one (correlation {r.spearman:.3f}){second}"
+    determined = [k for k in solved if (rungs[k].second_residual or 0.0) <= DETERMINED]
+    if determined:
+        k = determined[0]
+        return k, (
+            "the smallest with which a second sample agrees; ranks change from rung to rung: compare a few removals with retraining"
+        )
     k = min(solved, key=lambda k: (rungs[k].second_residual or 0.0, rungs[k].damping))
-    other = rungs[k].second_residual
-    if other is not None and other > DETERMINED:
-        return k, f"even here the sample determines the answer (residual {other:.2f} on a second one): take more rows"
-    return k, "ranks change from rung to rung; this is the steadiest: compare a few removals with retraining"
+    return k, (
+        f"even here the sample determines the answer (residual {rungs[k].second_residual:.2f} on a second one): take more rows"
+    )
 
 
 def _told(spectrum: Spectrum) -> dict[str, float]:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from nlpinf import parameters as P
 from nlpinf.checkpoints import Checkpoints
 from nlpinf.curvature import cross_product, curvature_samples
+from nlpinf.damping import Damping, described, resolved
 from nlpinf.data.corpus import examples_sha256
 from nlpinf.errors import BadInput
 from nlpinf.growing import Growing, Pulled, grow
@@ -28,7 +29,7 @@ from nlpinf.queries import Query
 from nlpinf.solvers import CG, Preconditioning, Solution, Solver, preconditioning
 from nlpinf.spread import mean_and_errors
 from nlpinf.stages import Chain, Link, Stage
-from nlpinf.systems import CurvatureChoice, Relative, System
+from nlpinf.systems import CurvatureChoice, System
 
 Progress = Callable[[str, int, float], None]
 
@@ -68,7 +69,7 @@ class ImplicitSolve:
     """Passes a cotangent back by the implicit function theorem at the stage's optimum: one linear solve.
 
     `curvature`  "ggn" (default), "hessian", "fisher", or "auto": the Hessian where it is positive definite, else the GGN
-    `damping`    λ, absolute or `Relative`
+    `damping`    λ, absolute or `Relative`, or "auto" (`Auto`), chosen when the first cotangent is there
     `sample`     rows of the stage's corpus that the operator averages over; None for all. A second sample of as many
                  other rows, if there are any, measures how far the first determines the answer
     `preconditioner`  "none", "diagonal", "ekfac", "nystrom", "ekfac+nystrom", "spectral", or a `Preconditioning`
@@ -78,7 +79,7 @@ class ImplicitSolve:
     """
 
     curvature: CurvatureChoice = "ggn"
-    damping: float | Relative = field(default_factory=lambda: Relative(1e-2))
+    damping: Damping = "auto"
     solver: Solver = field(default_factory=CG)
     sample: int | None = None
     seed: int = 0
@@ -90,13 +91,12 @@ class ImplicitSolve:
     _systems: dict[int, tuple[Link, System]] = field(default_factory=dict, repr=False)
 
     def settings(self) -> dict[str, Any]:
-        damping = self.damping
         made = preconditioning(self.preconditioner)
         chosen = {system.link.stage.name: system.reason for _, system in self._systems.values() if system.reason}
         return {
             "step": "implicit_solve",
             "curvature": self.curvature,
-            "damping": {"relative": damping.factor} if isinstance(damping, Relative) else damping,
+            "damping": described(self.damping),
             "sample": self.sample,
             "seed": self.seed,
             "solver": self.solver.settings(),
@@ -174,7 +174,7 @@ def query_vectors(
     queries: Sequence[Query],
     *,
     curvature: CurvatureChoice | Sequence[CurvatureChoice] = "ggn",
-    damping: float | Relative | Sequence[float | Relative] | None = None,
+    damping: Damping | Sequence[Damping] | None = None,
     solver: Solver | None = None,
     sample: int | Growing | Sequence[int | None] | None = None,
     error_bars: int | None = None,
@@ -188,7 +188,7 @@ def query_vectors(
     """Return the query vectors v of `queries` through `chain`, with a verdict for every solve.
 
     `curvature`, `damping` and `sample` are one for all stages or one for each, in the chain's order. `damping` defaults
-    to `Relative(1e-2)`. `sample` rows of a stage's corpus carry its curvature; None takes all of them, and of one number
+    to "auto", the smallest that the sample determines (`damping.py`). `sample` rows of a stage's corpus carry its curvature; None takes all of them, and of one number
     for all stages a smaller corpus takes all of its own. `Growing()` enlarges it until the order of the scores no longer
     changes. With `error_bars` K each v is the mean over K disjoint samples, and its scores have standard errors
     (`spread.py`); a stage whose corpus is too small for K samples takes all of it.
@@ -200,7 +200,7 @@ def query_vectors(
     if not queries:
         raise BadInput("there is no query; give at least one")
     count, last = len(chain.links), chain.stages[-1]
-    kinds, dampings = _each(curvature, count), _each(Relative(1e-2) if damping is None else damping, count)
+    kinds, dampings = _each(curvature, count), [resolved(d) for d in _each(damping, count)]
     checkpoints = Checkpoints.of(checkpoint)
     if checkpoints is not None:
         checkpoints.about = {"queries": examples_sha256([(q.kind, q.name, q.examples) for q in queries])}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
+from nlpinf import damping as dampings
 from nlpinf import parameters as P
 from nlpinf.checkpoints import Checkpoints, sketch
 from nlpinf.curvature import Curvature, CurvatureKind, Shifted, curvature_samples
 from nlpinf.curvature.spectrum import smallest_ritz_value
+from nlpinf.damping import Auto, Damping, Relative
 from nlpinf.data.corpus import examples_sha256
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
@@ -21,79 +23,108 @@ from nlpinf.stages import Link, fingerprint
 CurvatureChoice = CurvatureKind | Literal["auto"]
 
 
-@dataclass(frozen=True)
-class Relative:
-    """A damping of `factor` times the mean eigenvalue of the undamped curvature on its sample.
-
-    The mean eigenvalue is tr(C)/P by Hutchinson's estimator with `probes` seeded ±1 vectors; weight decay and proximity
-    are part of C.
-    """
-
-    factor: float
-    probes: int = 8
-
-    def __post_init__(self) -> None:
-        if not self.factor >= 0:
-            raise BadInput(f"the relative damping is {self.factor}; it must not be negative")
-
-
 class System:
     """C + diag(weight decay, 2α) + λI of a link on its curvature sample; what it needs is made when it is first asked for.
 
     `curvature` "auto" takes the exact Hessian where Lanczos and the solves find it positive definite with its damping, and the
-    Gauss-Newton matrix where they do not; `reason` says which it is and why.
+    Gauss-Newton matrix where they do not. `damping` "auto" is chosen (`damping.py`) for the first right-hand side that is solved
+    for; until then there is none. `reason` says what was chosen and why.
     """
 
     def __init__(
         self,
         link: Link,
         curvature: CurvatureChoice,
-        damping: float | Relative,
+        damping: Damping,
         sample: int | None,
         seed: int,
         preconditioner: str | Preconditioning | None = None,
         draw: int = 0,
     ) -> None:
-        self.link, self.seed, self.draw, self.asked = link, seed, draw, damping
+        self.link, self.seed, self.draw, self.asked = link, seed, draw, dampings.resolved(damping)
         self.first, self.rest = curvature_samples(link.stage.size, sample, seed, draw)
         self.preconditioning = preconditioning(preconditioner)
-        self.reason = ""
+        self._reasons: dict[str, str] = {}
+        self._curvatures: dict[tuple[CurvatureKind, bool], Curvature] = {}
+        self._fallback: tuple[Shifted, Shifted | None] | None = None
+        self._open: CurvatureChoice | None = None
+        if isinstance(self.asked, Auto):
+            self._open = curvature
+            self._take("ggn" if curvature == "auto" else curvature, 0.0)
+        else:
+            self._settle(curvature, self.asked)
+
+    @property
+    def reason(self) -> str:
+        """What was chosen, curvature and damping, and why; "" where nothing was."""
+        return "; ".join(self._reasons.values())
+
+    def _settle(self, curvature: CurvatureChoice, damping: float | Relative) -> None:
         if curvature != "auto":
             self._take(curvature, damping)
             return
         self._take("ggn", damping)
         ggn = (self.operator, self.second)
         self._take("hessian", self.operator.damping)
-        self._fallback: tuple[Shifted, Shifted | None] | None = ggn
-        least = smallest_ritz_value(self.operator, seed=seed)
+        self._fallback = ggn
+        least = smallest_ritz_value(self.operator, seed=self.seed)
         if least > 0:
-            self.reason = f"exact Hessian: positive definite with its damping (smallest Ritz value {least:.2g})"
+            self._reasons["curvature"] = (
+                f"exact Hessian: positive definite with its damping (smallest Ritz value {least:.2g})"
+            )
         else:
             self._fall_back(f"the damped Hessian has an eigenvalue of at most {least:.2g}")
 
     def _take(self, kind: CurvatureKind, damping: float | Relative) -> None:
-        stage, self.kind = self.link.stage, kind
-        bare = Curvature(stage, kind, self.first, self.seed)
+        self.kind, bare = kind, self._curvature(kind)
         if isinstance(damping, Relative):
-            mean = Shifted(bare, self.link.shift).mean_eigenvalue(damping.probes, self.seed)
-            if not mean > 0 and damping.factor > 0:
-                raise BadInput(
-                    f"stage {stage.name!r}: the mean eigenvalue of its {kind} is {mean:.3g}, so a relative "
-                    "damping is undefined; give an absolute one"
-                )
-            damping = damping.factor * mean
+            undamped = Shifted(bare, self.link.shift)
+            damping = damping.factor * (self._mean(undamped, damping.probes) if damping.factor else 0.0)
         self.operator = Shifted(bare, self.link.shift, damping)
-        self.second = (
-            Shifted(Curvature(stage, kind, self.rest, self.seed), self.link.shift, damping) if self.rest else None
-        )
+        second = self._curvature(kind, second=True) if self.rest else None
+        self.second = None if second is None else Shifted(second, self.link.shift, damping)
         self._preconditioner: Preconditioner | None = None
         self._fallback = None
+
+    def _curvature(self, kind: CurvatureKind, second: bool = False) -> Curvature:
+        """Return the curvature on a sample, made once, as it may keep what a frozen encoder gave."""
+        rows = self.rest if second else self.first
+        if (kind, second) not in self._curvatures:
+            self._curvatures[kind, second] = Curvature(self.link.stage, kind, rows, self.seed)
+        return self._curvatures[kind, second]
+
+    def _mean(self, undamped: Shifted, probes: int) -> float:
+        mean = undamped.mean_eigenvalue(probes, self.seed)
+        if not mean > 0:
+            raise BadInput(
+                f"stage {self.link.stage.name!r}: the mean eigenvalue of its {self.kind} is {mean:.3g}, so a relative "
+                "damping is undefined; give an absolute one"
+            )
+        return mean
+
+    def _choose(self, right: Parameters, progress: Callable[[int, float], None] | None) -> None:
+        """Choose the damping, if that is still open."""
+        if self._open is None:
+            return
+        assert isinstance(self.asked, Auto)
+        undamped = self.operator
+        choice = self.asked.choose(
+            id(self.link.stage),
+            undamped,
+            self.second,
+            lambda: self._mean(undamped, Relative(1.0).probes),
+            right,
+            progress,
+        )
+        self._reasons["damping"] = choice.reason
+        self._settle(self._open, choice.damping)
+        self._open = None
 
     def _fall_back(self, why: str) -> None:
         assert self._fallback is not None
         (self.operator, self.second), self._fallback, self.kind = self._fallback, None, "ggn"
         self._preconditioner = None
-        self.reason = f"Gauss-Newton matrix: {why}"
+        self._reasons["curvature"] = f"Gauss-Newton matrix: {why}"
 
     def solve(
         self,
@@ -108,6 +139,8 @@ class System:
         `starts` are guesses of the solutions. With `checkpoints` a solve that was interrupted goes on, and one that was
         done before is not done again.
         """
+
+        self._choose(rights[0], progress)
 
         def run(part: Any) -> list[Solution]:
             own: Any = solver
@@ -140,13 +173,15 @@ class System:
 
         But for the number of products allowed, which a later run may raise.
         """
-        stage, relative = self.link.stage, isinstance(self.asked, Relative)
+        stage, relative = self.link.stage, isinstance(self.asked, Relative | Auto)
         rows = {"rows": stage.rows[self.first].tolist(), "trained": list(stage.trained or ()), "shift": self.link.shift}
         return {
             "stage": stage.name,
             "weights": fingerprint(stage.parameters),
             "curvature": self.kind,
-            "damping": f"relative {self.asked.factor}" if isinstance(self.asked, Relative) else self.asked,
+            "damping": f"relative {self.asked.factor}"
+            if isinstance(self.asked, Relative)
+            else dampings.described(self.asked),
             "sample": len(self.first),
             "seed": self.seed,
             "sample rows": examples_sha256([(stage.data[i],) for i in self.first]),

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from nlpinf.curvature import Matrix, curvature_samples
+from nlpinf.damping import Relative
 from nlpinf.errors import BadInput, NotConverged
-from nlpinf.influence import ImplicitSolve, Relative, query_vectors
+from nlpinf.influence import ImplicitSolve, query_vectors
 from nlpinf.queries import Query
 from nlpinf.solvers import CG, Preconditioner
 from nlpinf.stages import Chain, Stage

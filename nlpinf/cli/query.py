@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -50,8 +51,9 @@ def query(
         None, help="Make the products in low precision, refined to the same residual."
     ),
     damping: float | None = typer.Option(None, help="Damping λ, absolute."),
-    relative_damping: float = typer.Option(
-        0.01, help="Damping as a multiple of the mean eigenvalue; used without --damping."
+    relative_damping: float | None = typer.Option(
+        None,
+        help="Damping as a multiple of the mean eigenvalue (default, without --damping: the smallest of 100, 10, 1, 0.1 and 0.01 with which a second sample agrees).",
     ),
     sample: str = typer.Option(
         "auto",
@@ -129,6 +131,8 @@ def query(
     for option, value in (("--damping", damping), ("--relative-damping", relative_damping)):
         if value is not None and not 0 <= value < float("inf"):
             raise BadInput(f"{option} is {value}; the damping must be a number of at least 0")
+    if damping is not None and relative_damping is not None:
+        raise BadInput("--damping and --relative-damping were both given; give one of them")
     if len(train) not in (0, len(finetune)):
         raise BadInput(f"--train was given {len(train)} times for {len(finetune)} finetuning runs; give it for each")
     settings = checked(
@@ -136,7 +140,7 @@ def query(
         {
             "misclassified": misclassified,
             "curvature": curvature,
-            "damping": {"relative": relative_damping} if damping is None else damping,
+            "damping": _damping(damping, relative_damping),
             "sample": sample,
             "sample_limit": sample_limit,
             "error_bars": error_bars,
@@ -210,6 +214,12 @@ def query(
         console.out.print(verdict_table(manifest["queries"]))
         for line in console.sampling_lines(manifest["settings"]):
             console.say(line)
+
+
+def _damping(absolute: float | None, relative: float | None) -> Any:
+    if relative is not None:
+        return {"relative": relative}
+    return "auto" if absolute is None else absolute
 
 
 def _tell(line: str) -> None:

@@ -98,7 +98,7 @@ def verdict_table(queries: list[dict[str, Any]]) -> Group:
     table = Table(title="Solves", title_justify="left", title_style="bold", box=None, padding=(0, 1))
     for name in ("query", "stage", "verdict"):
         table.add_column(name)
-    for name in ("residual", "second sample", "products"):
+    for name in ("damping", "residual", "second sample", "products"):
         table.add_column(name, justify="right")
     for i, query in enumerate(queries):
         for stage, end in query["verdicts"].items():
@@ -107,11 +107,13 @@ def verdict_table(queries: list[dict[str, Any]]) -> Group:
                 str(i),
                 stage,
                 end["verdict"],
+                f"{end['damping']:.3g}",
                 "not finite" if end["residual"] is None else f"{end['residual']:.1e}",
                 "–" if second is None else f"{second:.2f}",
                 str(end["products"]),
             )
-    return Group(*names, "", table)
+    told = {f"{stage}: {end['note']}": None for q in queries for stage, end in q["verdicts"].items() if end.get("note")}
+    return Group(*names, "", table, *told)
 
 
 def _removal_table(outcome: Outcome) -> Table:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from nlpinf.checkpoints import Checkpoints
+from nlpinf.damping import Relative
 from nlpinf.experiments.recipe import QuerySettings, RelativeDamping
 from nlpinf.growing import Growing
-from nlpinf.influence import Progress, QueryVectors, Relative, query_vectors
+from nlpinf.influence import Progress, QueryVectors, query_vectors
 from nlpinf.queries import Query
 from nlpinf.solvers import CG, MINRES, Direct, LiSSA, Refined, Solver
 from nlpinf.stages import Chain

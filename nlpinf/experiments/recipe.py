@@ -104,7 +104,7 @@ class RelativeDamping(_Strict):
     relative: float = Field(ge=0)
 
 
-Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)] | RelativeDamping
+Damping = Annotated[float, Field(ge=0, allow_inf_nan=False)] | RelativeDamping | Literal["auto"]
 Sample = Annotated[int, Field(ge=1)] | None
 
 
@@ -116,8 +116,9 @@ PreconditionerName = Literal["none", "diagonal", "ekfac", "nystrom", "ekfac+nyst
 class QuerySettings(_Strict):
     """What is asked, and how it is pulled back.
 
-    `damping` and `sample` (rows that carry the curvature; null for all, "auto" for at most 1,024, half of the corpus) are
-    one for both stages or a list: pretraining, finetuning. `sample: grow` takes twice as many rows, from 1,024 on and up to
+    `damping` (a number, `relative` to the mean eigenvalue, or "auto", the smallest that the sample determines) and `sample` (rows that
+    carry the curvature; null for all, "auto" for at most 1,024, half of the corpus) are one for both stages or a list: pretraining,
+    finetuning. `sample: grow` takes twice as many rows, from 1,024 on and up to
     `sample_limit`, until the order of the scores no longer changes. `error_bars: K` solves on K disjoint samples, so that
     scores get standard errors. `solver: direct` is EK-FAC's inverse, with its residual; `precision` makes the products of cg
     in low precision, refined to the same residual.
@@ -125,7 +126,7 @@ class QuerySettings(_Strict):
 
     misclassified: int = Field(3, ge=0)
     curvature: CurvatureName = "ggn"
-    damping: Damping | list[Damping] = RelativeDamping(relative=0.01)
+    damping: Damping | list[Damping] = "auto"
     sample: Sample | Literal["grow", "auto"] | list[Sample] = None
     sample_limit: int | None = Field(None, ge=1)
     error_bars: int | None = Field(None, ge=2)

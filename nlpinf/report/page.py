@@ -220,6 +220,7 @@ def _asked(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
             "Received": _transfer(transfer[number - 1]) if 0 < number <= len(transfer) else "",
             "Curvature": _words(step.get("curvature", "")),
             "Damping": _damping(step.get("damping")),
+            "Chosen": "; ".join((step.get("chosen") or {}).values()),
             "Sample": _sample(step),
             "Solver": ", ".join([str(solver.get("name", "")), *_settings(solver)]),
         }
@@ -258,7 +259,7 @@ def _transfer(transfer: Any) -> str:
 def _damping(damping: Any) -> str:
     if isinstance(damping, Mapping) and "relative" in damping:
         return f"{damping['relative']:g} × the mean eigenvalue"
-    return "" if damping is None else f"{damping:g}"
+    return "" if damping is None else "by a second sample" if damping == "auto" else f"{damping:g}"
 
 
 def _words(name: str) -> str:

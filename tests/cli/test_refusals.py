@@ -291,6 +291,7 @@ SETTINGS: dict[str, tuple[list[Any], list[str]]] = {
     "limit of a fixed sample": (["--sample-limit", "9"], ["sample_limit", "grow"]),
     "error bars of one sample": (["--error-bars", "1"], ["error_bars", "2"]),
     "relative damping below 0": (["--relative-damping", "-1"], ["--relative-damping", "-1"]),
+    "two dampings": (["--relative-damping", "1", "--damping", "0.1"], ["--relative-damping", "give one of them"]),
     "sample larger than the corpus": (["--sample", "61"], ["61", "60"]),
     "sample of no row": (["--sample", "0"], ["sample", "0"]),
     "tolerance": (["--tolerance", "0"], ["tolerance", "0"]),

@@ -7,7 +7,8 @@ import torch
 
 from nlpinf import parameters as P
 from nlpinf.curvature import Curvature, Matrix, Shifted
-from nlpinf.influence import ImplicitSolve, Relative
+from nlpinf.damping import Relative
+from nlpinf.influence import ImplicitSolve
 from tests import oracle
 from tests.cases import case
 
