@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from nlpinf.evaluation import replaced
 from nlpinf.scoring.forward import BatchScores
 from nlpinf.scoring.layers import Groups, Rule, Vectors, embedding, linear, normalisation, rule_of
-from nlpinf.scoring.reverse import ReverseScorer, through_head
+from nlpinf.scoring.reverse import ReverseScorer, lowered, through_head
 from nlpinf.tasks import Batch
 from nlpinf.tasks.base import logits_of
 
@@ -82,7 +82,7 @@ class _Tap(torch.autograd.Function):
 
 
 class CompiledScorer:
-    """Scores batches as `ReverseScorer` does, compiled by a backend of `torch.compile`.
+    """Scores batches as `ReverseScorer` does, compiled by a backend of `torch.compile`; with the weights that there are now.
 
     Raises `CannotCompile` where that is not possible.
     """
@@ -101,9 +101,21 @@ class CompiledScorer:
         for module, names in inside.items():
             vectors = {local: reverse.stacked[name] for local, name in names.items() if name in reverse.stacked}
             rule = rule_of(module)
+            if rule is linear and "weight" in vectors:
+                vectors["weight"] = lowered(self.stage, vectors["weight"])
             if vectors and rule is not None:
                 self._forwards.append((module, _tapped(module, len(self._layers), s)))
                 self._layers.append((module, rule, vectors))
+
+        # Products round their matrices to low precision; those of linear maps alone are rounded here, not for every batch.
+        elsewhere = {
+            name for module, names in inside.items() if rule_of(module) is not linear for name in names.values()
+        }
+        matrices = {names["weight"] for m, names in inside.items() if rule_of(m) is linear and "weight" in names}
+        self._parameters = {
+            name: lowered(self.stage, tensor.detach()) if name in matrices - elsewhere else tensor.detach()
+            for name, tensor in self.stage.parameters.items()
+        }
 
         def hidden(parameters: dict[str, Tensor], inputs: dict[str, Tensor], zero: Tensor) -> Tensor:
             s[0] = zero
@@ -146,11 +158,10 @@ class CompiledScorer:
         if batch.position is None:
             raise CannotCompile("its items are not places of a sequence")
         weights = stage.item_weights(batch)
-        parameters = {name: tensor.detach() for name, tensor in stage.parameters.items()}
         zero = torch.zeros(len(batch.sequence), len(self.reverse.vectors), dtype=torch.float64, device=weights.device)
         with self._installed(batch), torch.enable_grad():
             with torch._dynamo.config.patch(recompile_limit=64):  # which all scorers of a process share
-                end = self._hidden(parameters, batch.inputs, zero.requires_grad_(True)).flatten(0, 1)
+                end = self._hidden(self._parameters, batch.inputs, zero.requires_grad_(True)).flatten(0, 1)
             with torch.no_grad():
                 x = end.detach()[batch.position]
                 losses, cotangent, shares = through_head(head, stage, x, weights, batch, self.reverse.stacked)

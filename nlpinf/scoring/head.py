@@ -77,15 +77,18 @@ class Head:
         yield from (slice(start, min(start + size, len(x))) for start in range(0, len(x), size))
 
     def cotangents(
-        self, stage: Stage, targets: Tensor, scale: Tensor, x: Tensor, part: slice
+        self, stage: Stage, targets: Tensor, scale: Tensor, x: Tensor, part: slice, low: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ℓ (n,), δ = scale · ∂ℓ/∂o (n, classes) and Wᵀ δ (n, d) of the items in `part`; δ and Wᵀ δ in the stage's precision."""
+        """Return ℓ (n,), δ = scale · ∂ℓ/∂o (n, classes) and Wᵀ δ (n, d) of the items in `part`.
+
+        δ and Wᵀ δ are of the dtype of `low`, the weight in the stage's precision.
+        """
         weight, bias = stage.parameters[self.weight], None if self.bias is None else stage.parameters[self.bias]
         with _low_products(stage):
             outputs = _affine(x.new_empty(part.stop - part.start, len(weight)), x[part], weight, bias)
         losses = _loss_to_cotangent(stage.task.loss, outputs, targets[part], scale[part])
-        delta = outputs if stage.precision is None else outputs.to(getattr(torch, stage.precision))
-        return losses, delta, delta @ weight.to(delta.dtype)
+        delta = outputs.to(low.dtype)
+        return losses, delta, delta @ low
 
 
 def linear_head(stage: Stage, batch: Batch) -> Head | None:

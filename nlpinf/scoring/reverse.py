@@ -161,13 +161,24 @@ def through_head(
     mine = {local: vectors[name] for local, name in names.items() if name in vectors}
     queries = len(next(iter(vectors.values()), x[:0]))
     shares = {names[local]: x.new_zeros(len(batch), queries, dtype=torch.float64) for local in (mine if len(x) else ())}
+    low = lowered(stage, stage.parameters[head.weight])  # once, not for every chunk
+    mine = {local: lowered(stage, vector) if local == "weight" else vector for local, vector in mine.items()}
     # Many queries read their vectors once a chunk, so their chunks are larger.
     for part in head.parts(x, entries(4 * CHUNK if queries > 1 else CHUNK, x)):
-        losses[part], delta, cotangent[part] = head.cotangents(stage, batch.targets, weights, x, part)
+        losses[part], delta, cotangent[part] = head.cotangents(stage, batch.targets, weights, x, part, low)
         examples, owner = torch.unique(batch.example[part], return_inverse=True)
         for local, share in linear(head.module, (x[part],), delta, mine, Groups(owner, len(examples))).items():
             shares[names[local]].index_add_(0, examples, share.double())
     return losses, cotangent, shares
+
+
+def lowered(stage: Stage, matrix: Any) -> Any:
+    """Return a matrix, or matrices (queries, ...), in the precision of the stage's products; compressed ones as they are."""
+    return (
+        matrix
+        if stage.precision is None or not isinstance(matrix, Tensor)
+        else matrix.to(getattr(torch, stage.precision))
+    )
 
 
 class _Watch:
