@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nlpinf import parameters as P
 from nlpinf import processes
 from nlpinf.errors import BadInput
-from nlpinf.files import publish
+from nlpinf.files import publish, save_tensors
 from nlpinf.parameters import Parameters
 from nlpinf.solvers.base import Solution
 
@@ -159,7 +158,7 @@ class SolveCheckpoint:
             return
         tensors: dict[str, Tensor] = {}
         header = {"fields": json.dumps(_packed(fields, "", tensors))}
-        publish(self._path(kind), lambda temporary: save_file(tensors, temporary, header))
+        publish(self._path(kind), lambda temporary: save_tensors(tensors, temporary, header))
 
     def _read(self, kind: str) -> dict[str, Any] | None:
         path = self._path(kind)

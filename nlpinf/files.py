@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from nlpinf.errors import BadInput
 
 PARTIAL = ".partial"
@@ -47,6 +50,14 @@ def publish(path: Path, write: Callable[[Path], Any], name: Callable[[Path, Path
                 raise
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that those may read who may read the user's other files; the library's are their owner's alone."""
+    Path(path).touch()
+    mode = Path(path).stat().st_mode
+    save_file(tensors, path, metadata)
+    Path(path).chmod(mode)
 
 
 def first_name(temporary: Path, path: Path) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nlpinf.adapters.folders import file_sha256, one_line, read_json, versions, write_json
 from nlpinf.adapters.runs import stage_from_run, told_record
 from nlpinf.data.corpus import examples_sha256
 from nlpinf.errors import BadInput
+from nlpinf.files import save_tensors
 from nlpinf.influence import QueryVectors
 from nlpinf.parameters import Parameters
 from nlpinf.queries import Query
@@ -80,12 +81,12 @@ def save(vectors: QueryVectors, folder: str | Path, chain: Chain, found: Mapping
         zip(vectors.queries, vectors.vectors, vectors.verdicts, vectors.values)
     ):
         path = folder / f"vectors-{i:05d}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in vector.items()}, path)
+        save_tensors({name: tensor.contiguous() for name, tensor in vector.items()}, path)
         errors = vectors.errors[i] if vectors.errors else ()
         where = folder / f"errors-{i:05d}.safetensors"
         if errors:
             tensors = {f"{j}/{name}": t.contiguous() for j, error in enumerate(errors) for name, t in error.items()}
-            save_file(tensors, where)
+            save_tensors(tensors, where)
         queries.append(
             {
                 "id": i,

@@ -56,6 +56,13 @@ def test_what_is_loaded_is_what_was_saved(made: tuple[Path, Chain, QueryVectors]
     np.testing.assert_array_equal(score(loaded).column(1), score(vectors).column(1))
 
 
+def test_who_may_read_one_file_may_read_all(made: tuple[Path, Chain, QueryVectors], tmp_path: Path) -> None:
+    files = [path for path in made[0].rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".json", ".safetensors"}
+    (tmp_path / "like").touch()
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "like").stat().st_mode}
+
+
 def test_a_solve_that_ended_badly_comes_back_as_it_ended(
     made: tuple[Path, Chain, QueryVectors], tmp_path: Path
 ) -> None:

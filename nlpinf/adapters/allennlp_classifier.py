@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nlpinf.adapters.elmo.config import ElmoConfig
 from nlpinf.adapters.elmo.network import ElmoEncoder
 from nlpinf.errors import BadInput
+from nlpinf.files import save_tensors
 
 RECIPE = "nlpinf_allennlp.json"
 _WEIGHTS = "model.safetensors"
@@ -195,7 +196,7 @@ class ArchiveClassifier(nn.Module):
         content = {"model": self.recipe, "labels": self.labels}
         (folder / RECIPE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         tensors = {name: p.detach().contiguous() for name, p in self.named_parameters()}
-        save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ArchiveClassifier:

@@ -14,13 +14,14 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from nlpinf.adapters.elmo.config import MODEL_TYPE, ElmoConfig
 from nlpinf.adapters.elmo.network import ElmoEncoder, Packing, ProjectedLSTM, greatest
 from nlpinf.errors import BadInput
+from nlpinf.files import save_tensors
 from nlpinf.stages import evaluation
 
 Layers = Literal["last", "mix"]
@@ -178,7 +179,7 @@ class TextClassifier(nn.Module):
         settings = {"prefix": self.prefix, **asdict(self.head.settings)}
         (folder / HEAD).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         tensors = {name: p.detach().contiguous() for name, p in self.named_parameters()}
-        save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> TextClassifier:

@@ -96,6 +96,8 @@ def save_run(stage: Stage, folder: str | Path, **record: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with quiet_loading():
         save(folder)
+    for weights in folder.glob("*.safetensors"):  # which safetensors gives to their owner alone
+        weights.chmod((folder / "config.json").stat().st_mode)
     opener.save_words(stage.task, folder)
     data = {"rows": stage.size, "sha256": examples_sha256(stage.data)}
     content = {

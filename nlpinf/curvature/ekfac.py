@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nlpinf import memory, processes
@@ -33,6 +32,7 @@ from nlpinf import parameters as P
 from nlpinf.curvature.operators import Operator
 from nlpinf.curvature.perexample import Outer, PerExample, Rows, Use, Whole
 from nlpinf.errors import BadInput
+from nlpinf.files import save_tensors
 from nlpinf.parameters import Parameters
 from nlpinf.pieces import entries
 from nlpinf.stages import Stage, fingerprint
@@ -164,7 +164,7 @@ class EKFAC(Operator):
             tensors |= {f"{name}.{part}": t.contiguous() for part, t in parts.items() if t is not None}
         record = {"format": _FORMAT, "weights": fingerprint(stage.parameters), **self.record}
         part = path.with_name(path.name + ".part")
-        save_file(tensors, part, metadata={"nlpinf_ekfac": json.dumps(record)})
+        save_tensors(tensors, part, metadata={"nlpinf_ekfac": json.dumps(record)})
         part.replace(path)
         return path
 

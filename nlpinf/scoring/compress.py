@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from scipy.stats import spearmanr
 from torch import Tensor
 
 from nlpinf.errors import BadInput
+from nlpinf.files import save_tensors
 from nlpinf.influence import QueryVectors
 from nlpinf.parameters import Parameters
 from nlpinf.scoring.feed import Feed, Part
@@ -148,7 +148,7 @@ def write_compression(path: Path, found: Compression, identity: dict[str, Any]) 
     summary = {"error": found.error, "measured": asdict(found.measured), "multiplications": found.multiplications}
     metadata = {"compression": json.dumps({**summary, "names": list(found.matrices)}), "identity": json.dumps(identity)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    publish(path, lambda temporary: save_file(tensors, temporary, metadata), first_name)
+    publish(path, lambda temporary: save_tensors(tensors, temporary, metadata), first_name)
 
 
 def read_compression(path: Path, vectors: QueryVectors, identity: dict[str, Any]) -> Compression:

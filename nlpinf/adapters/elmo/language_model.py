@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nlpinf.adapters.elmo.config import ElmoConfig
 from nlpinf.adapters.elmo.network import ElmoEncoder, Packing, check_batch
 from nlpinf.errors import BadInput
+from nlpinf.files import save_tensors
 from nlpinf.tasks.softmax import Negatives, sampled_softmax_logits
 
 
@@ -98,7 +99,7 @@ class ElmoLM(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
+        save_tensors(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
         (folder / "model.safetensors.part").replace(folder / "model.safetensors")
         more = {"architectures": [type(self).__name__], "vocabulary_size": self.vocabulary_size}
         self.config.save_pretrained(folder, **more)
