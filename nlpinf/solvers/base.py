@@ -301,15 +301,20 @@ def all_finished(
     histories: Sequence[list[float]],
     spent: Sequence[int],
     note: str = "",
+    residuals: Sequence[float] | None = None,
 ) -> list[Solution]:
-    """Close several solves as `finished` does one; `spent` products went to each before this check."""
+    """Close several solves as `finished` does one; `spent` products went to each before this check.
+
+    `residuals` are the true ones of the vectors, where they have been measured already.
+    """
     scales = [P.norm(right) for right in rights]
 
     def relative(of: Operator) -> list[float]:
         errors = [P.axpy(-1.0, product, right) for product, right in zip(of.many(vectors), rights)]
         return [P.norm(error) / scale if scale else 0.0 for error, scale in zip(errors, scales)]
 
-    residuals = relative(operator)
+    checks = (residuals is None) + (second is not None)
+    residuals = relative(operator) if residuals is None else residuals
     others: list[Any] = [None] * len(rights) if second is None else relative(second)
     solutions = []
     for i, (vector, verdict, residual) in enumerate(zip(vectors, verdicts, residuals)):
@@ -317,7 +322,7 @@ def all_finished(
             verdict = "not finite"
         elif verdict in ("converged", "not converged"):
             verdict = "converged" if residual <= tolerance else "not converged"
-        products = spent[i] + (1 if second is None else 2)
+        products = spent[i] + checks
         solutions.append(
             Solution(
                 vector, verdict, residual, others[i], products, tolerance, operator.damping, solver, histories[i], note

@@ -114,20 +114,21 @@ class Refined:
                 break
             wanted = self.tolerance / max(c.reached for c in left)  # less what the noise adds to the true residual
             aim = min(0.5, max(wanted - 2 * floor, wanted / 2, 2 * floor, _DEEPEST))
-            spent = max(len(c.history) for c in left)
-            inner = self._inner(tolerance=aim, max_iterations=max(1, self.solver.max_iterations - spent))
+            made = max(len(c.history) for c in left)
+            inner = self._inner(tolerance=aim, max_iterations=max(1, self.solver.max_iterations - made))
             parts = in_part(checkpoint, f"round-{number}", _round(inner, low, [c.r for c in left], progress))
             moved = [column for column, part in zip(left, parts) if column.moved_by(part)]
             for column, product in zip(moved, operator.many([column.x for column in moved])):
                 column.measure(product)
         name = f"refined {self.solver.settings()['name']}"
         xs, verdicts, histories = ([getattr(c, what) for c in columns] for what in ("x", "verdict", "history"))
+        spent, known = [c.exact for c in columns], [c.residual for c in columns]
         ends = all_finished(
-            name, operator, second, rights, xs, verdicts, self.tolerance, histories, [c.exact for c in columns]
+            name, operator, second, rights, xs, verdicts, self.tolerance, histories, spent, residuals=known
         )
         note = f"products in {self.precision} (noise {floor:.1e})"
         return [
-            replace(end, products=end.products + c.low, note=f"{c.low} {note}, {c.exact + 1} in {_name(operator)}")
+            replace(end, products=end.products + c.low, note=f"{c.low} {note}, {c.exact} in {_name(operator)}")
             for c, end in zip(columns, ends)
         ]
 
@@ -148,6 +149,11 @@ class _Column:
             self.x, self.r = begun(operator, right, start)
             self.reached = P.norm(self.r) / self.scale
         self.exact = operator.products - before
+
+    @property
+    def residual(self) -> float:
+        """‖b − C x‖/‖b‖ as it was measured last, which is of x as it stands."""
+        return self.reached if 0.0 < self.scale < math.inf else 0.0 if self.scale == 0.0 else math.nan
 
     def open(self, tolerance: float, most: int) -> bool:
         """Whether it needs another round."""
