@@ -48,7 +48,7 @@ class Choice:
 class Auto:
     """The smallest of 100, 10, 1, 0.1 and 0.01 times the mean eigenvalue that the sample determines and CG can solve.
 
-    For the first right-hand side b and from the largest on, each is solved to a residual of 0.1. The last one with which a
+    For the first right-hand side b that is not zero and from the largest on, each is solved to a residual of 0.1. The last one with which a
     second sample agrees (a residual of at most 0.5) within 100 products is taken; where even 100 times is not such, that.
     A stage of which all rows carry the curvature has no second sample, so products alone decide. `found` keeps what was
     chosen for a stage, so that all samples of a query, growing or repeated, have the same damping.
@@ -100,14 +100,17 @@ def _choice(
     right: Parameters,
     progress: Callable[[int, float], None] | None,
 ) -> Choice:
-    taken, start, ended = None, None, "products allow"
+    taken, start, ended = None, None, ""
     for factor in FACTORS:
         damped, other = (None if o is None else Shifted(o.base, o.shift, factor * mean) for o in (operator, second))
         assert damped is not None
         solution = _ROUGH(damped, right, other, progress, start)
         beside = solution.second_residual
         if not solution.converged:
-            ended = f"{factor:g} × takes more than {_ROUGH.max_iterations} products"
+            many = f"{factor:g} × takes more than {_ROUGH.max_iterations} products"
+            ended = (
+                many if solution.verdict == "not converged" else f"at {factor:g} × a solve ends with {solution.verdict}"
+            )
             break
         if beside is not None and beside > DETERMINED:
             ended = f"at {factor:g} × a second sample disagrees, residual {beside:.2g}"

@@ -27,7 +27,7 @@ class System:
     """C + diag(weight decay, 2α) + λI of a link on its curvature sample; what it needs is made when it is first asked for.
 
     `curvature` "auto" takes the exact Hessian where Lanczos and the solves find it positive definite with its damping, and the
-    Gauss-Newton matrix where they do not. `damping` "auto" is chosen (`damping.py`) for the first right-hand side that is solved
+    Gauss-Newton matrix where they do not. `damping` "auto" is chosen (`damping.py`) when the first right-hand sides are solved
     for; until then there is none. `reason` says what was chosen and why.
     """
 
@@ -140,7 +140,7 @@ class System:
         done before is not done again.
         """
 
-        self._choose(rights[0], progress)
+        self._choose(next((right for right in rights if P.norm(right)), rights[0]), progress)
 
         def run(part: Any) -> list[Solution]:
             own: Any = solver

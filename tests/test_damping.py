@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from nlpinf import damping as dampings
-from nlpinf.curvature import curvature_samples
-from nlpinf.damping import DETERMINED, FACTORS, Relative
+from nlpinf.curvature import Matrix, Shifted, curvature_samples
+from nlpinf.damping import DETERMINED, FACTORS, Auto, Relative
 from nlpinf.errors import BadInput
 from nlpinf.growing import Growing
 from nlpinf.influence import ImplicitSolve, QueryVectors, query_vectors
@@ -59,7 +59,7 @@ def test_the_smallest_damping_that_the_sample_determines_is_taken(sample: int | 
         x = torch.linalg.solve(first + shift, gradients[0])
         residuals[f] = float((gradients[0] - (second[0] + shift) @ x).norm() / gradients[0].norm())
     for f, residual in residuals.items():
-        assert residual < DETERMINED - 0.05 if f > factor else True
+        assert f < factor or residual < DETERMINED - 0.05
     if residuals and factor > FACTORS[-1]:
         assert residuals[factor / 10] > DETERMINED + 0.05 and f"at {factor / 10:g} × a second sample disagrees" in note
     expected = torch.linalg.solve(first + damping * torch.eye(COLUMNS).double(), -gradients[0])
@@ -86,6 +86,22 @@ def test_every_sample_of_a_query_has_the_same_damping() -> None:
     grown = asked(chain, sample=Growing(start=30, limit=120, spearman=0.99999))
     assert grown.settings["growth"]["sizes"][-1]["rows"] == 120 and chosen(grown)[0] == alone
     assert chosen(asked(chain, sample=120))[0] < alone
+
+
+def test_a_query_without_a_gradient_does_not_choose_for_the_others() -> None:
+    chain, _, gradients = ridge(5, ROWS, COLUMNS)
+    right = {"weight": gradients[0][None]}
+    alone, both = (
+        [p.solution for p in ImplicitSolve(sample=15, solver=CG(1e-9))(chain.links[0], rights)]
+        for rights in ([right], [{"weight": torch.zeros_like(right["weight"])}, right])
+    )
+    assert {s.damping for s in both} == {alone[0].damping} and both[0].residual == 0.0
+
+
+def test_an_indefinite_matrix_is_told_from_too_many_products() -> None:
+    operator = Shifted(Matrix({"x": torch.zeros(3).double()}, torch.diag(torch.tensor([1.0, 1.0, -1e6]).double())))
+    choice = Auto().choose(0, operator, None, lambda: 1.0, {"x": torch.ones(3).double()})
+    assert choice.damping == 100.0 and "negative curvature" in choice.reason and "products" not in choice.reason
 
 
 def test_each_stage_and_curvature_has_its_own() -> None:
