@@ -43,8 +43,10 @@ class Refined:
     `preconditioner`  for the inner solver
     `precision`  "bfloat16" or "float16" (forward and backward pass under autocast; losses, sums and vectors as before)
 
-    The noise of C̃ on the first b, ‖C̃b − Cb‖/‖Cb‖, and that of C itself against float64, are measured first. Where C̃'s is above ½
-    a refinement step gains nothing, and the solver runs on C; a tolerance below C's own raises `BadInput` with the number.
+    The noise of C̃ on the first b, ‖C̃b − Cb‖/‖Cb‖, and that of C itself against float64, are measured first. Where C̃'s is above ¼
+    a refinement step gains little, and the solver runs on C; a tolerance below C's own raises `BadInput` with the number.
+    A step takes half of the products that are left at most. One that uses them up or does not halve the residual, as where
+    eigenvalues lie far below ‖C̃ − C‖, is the last in low precision: the solver goes on with C from the better iterate.
     """
 
     solver: Any = field(default_factory=CG)
@@ -100,7 +102,7 @@ class Refined:
         low = operator.at(self.precision)
         exact = operator @ probe
         floor = P.norm(P.axpy(-1.0, low @ probe, exact)) / P.norm(exact)
-        if not floor < 0.5:
+        if not floor < 0.25:
             note = f"{self.precision} has noise of {floor:.1e}: not used"
             solutions = plain.many(operator, rights, second, progress, starts, checkpoint)
             return [replace(s, note="; ".join(filter(None, (s.note, note)))) for s in solutions]
@@ -108,18 +110,26 @@ class Refined:
         columns = [_Column(operator, b, start) for b, start in zip(rights, begins)]
         probed = next(column for column in columns if column.right is probe)
         probed.low, probed.exact = probed.low + 1, probed.exact + 1
+        most = self.solver.max_iterations
         for number in range(_ROUNDS):
-            left = [c for c in columns if c.open(self.tolerance, self.solver.max_iterations)]
+            left = [c for c in columns if not c.stuck and c.open(self.tolerance, most)]
             if not left:
                 break
             wanted = self.tolerance / max(c.reached for c in left)  # less what the noise adds to the true residual
             aim = min(0.5, max(wanted - 2 * floor, wanted / 2, 2 * floor, _DEEPEST))
-            made = max(len(c.history) for c in left)
-            inner = self._inner(tolerance=aim, max_iterations=max(1, self.solver.max_iterations - made))
+            limit = max(1, _unspent(left, most) // 2)
+            inner = self._inner(tolerance=aim, max_iterations=limit)
             parts = in_part(checkpoint, f"round-{number}", _round(inner, low, [c.r for c in left], progress))
-            moved = [column for column, part in zip(left, parts) if column.moved_by(part)]
-            for column, product in zip(moved, operator.many([column.x for column in moved])):
+            moved = [column for column, part in zip(left, parts) if column.moved_by(part, limit)]
+            for column, product in zip(moved, operator.many([column.tried for column in moved])):
                 column.measure(product)
+        left = [c for c in columns if c.open(self.tolerance, most)]
+        if left:
+            rest = self._inner(max_iterations=_unspent(left, most))
+            so_far = [c.x for c in left] if any(c.reached < 1.0 for c in left) else None
+            parts = in_part(checkpoint, "rest", _round(rest, operator, [c.right for c in left], progress, so_far))
+            for column, part in zip(left, parts):
+                column.end_by(part)
         name = f"refined {self.solver.settings()['name']}"
         xs, verdicts, histories = ([getattr(c, what) for c in columns] for what in ("x", "verdict", "history"))
         spent, known = [c.exact for c in columns], [c.residual for c in columns]
@@ -142,6 +152,7 @@ class _Column:
         self.verdict: Verdict = "not converged"
         self.history: list[float] = []
         self.low, self.reached = 0, 1.0
+        self.stuck = False
         self.done = not 0.0 < self.scale < math.inf
         if self.done:
             self.x, self.verdict = P.zeros_like(right), "converged" if self.scale == 0.0 else "not finite"
@@ -156,31 +167,47 @@ class _Column:
         return self.reached if 0.0 < self.scale < math.inf else 0.0 if self.scale == 0.0 else math.nan
 
     def open(self, tolerance: float, most: int) -> bool:
-        """Whether it needs another round."""
+        """Whether there is something left to do and products to do it with."""
         return not self.done and self.reached > tolerance and len(self.history) < most
 
-    def moved_by(self, part: Solution) -> bool:
-        """Add the answer to C̃ d ≈ r; done where that was no answer."""
+    def moved_by(self, part: Solution, limit: int) -> bool:
+        """Try the answer to C̃ d ≈ r, if it is one; stuck where it is none or took `limit` products."""
         self.low += part.products
         self.history += [self.reached * h for h in part.history]
-        if part.verdict not in ("converged", "not converged"):
-            self.verdict, self.done = part.verdict, True
-            return False
-        self.x = P.axpy(1.0, part.vector, self.x)
-        return True
+        answered = part.verdict in ("converged", "not converged")
+        self.stuck = not answered or len(part.history) >= limit
+        if answered:
+            self.tried = P.axpy(1.0, part.vector, self.x)
+        return answered
 
     def measure(self, product: Parameters) -> None:
-        """Take C x; done where the residual does not fall any more."""
+        """Take C x of the x that is tried, and keep it where the residual falls; stuck where that does not halve."""
         self.exact += 1
-        self.r = P.axpy(-1.0, product, self.right)
-        size = P.norm(self.r) / self.scale
-        self.done, self.reached = not size < 0.9 * self.reached, size
+        r = P.axpy(-1.0, product, self.right)
+        size = P.norm(r) / self.scale
+        self.stuck = self.stuck or not size < 0.5 * self.reached
+        if size < self.reached:
+            self.x, self.r, self.reached = self.tried, r, size
+
+    def end_by(self, part: Solution) -> None:
+        """Take the answer that the solver found with C."""
+        self.exact += part.products
+        self.history += part.history
+        self.x, self.reached, self.verdict, self.done = part.vector, part.residual, part.verdict, True
+
+
+def _unspent(columns: list[_Column], most: int) -> int:
+    return most - max(len(column.history) for column in columns)
 
 
 def _round(
-    inner: Any, low: Operator, rights: list[Parameters], progress: Progress | None
+    solver: Any,
+    operator: Operator,
+    rights: list[Parameters],
+    progress: Progress | None,
+    starts: list[Parameters] | None = None,
 ) -> Callable[[Checkpoint | None], list[Solution]]:
-    return lambda part: inner.many(low, rights, None, progress, None, part)
+    return lambda part: solver.many(operator, rights, None, progress, starts, part)
 
 
 def _name(operator: Operator) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from nlpinf import CG, Query, query_vectors
 from nlpinf import parameters as P
 from nlpinf.curvature import Curvature, Shifted
-from nlpinf.curvature.operators import Matrix
+from nlpinf.curvature.operators import Matrix, Operator
 from nlpinf.curvature.products import noise_floor
 from nlpinf.errors import BadInput
 from nlpinf.solvers import Refined
@@ -24,6 +25,17 @@ def system(family: str, kind: Any = "ggn", dtype: torch.dtype = torch.float32) -
     """Return a damped operator and a right-hand side."""
     stage = case(family, "proximity", dtype).chain.stages[0]
     return Shifted(Curvature(stage, kind), stage.decay, 0.05), P.random_like(stage.theta, 1)
+
+
+class Broken(Operator):
+    """Another operator's products, which are not finite any more after some of them."""
+
+    def __init__(self, other: Operator, good: int) -> None:
+        super().__init__(other.template)
+        self.other, self.good = other, good
+
+    def product(self, vector: P.Parameters) -> P.Parameters:
+        return P.scaled(1.0 if self.products <= self.good else math.nan, self.other @ vector)
 
 
 def relative(a: P.Parameters, b: P.Parameters) -> float:
@@ -71,6 +83,31 @@ def test_where_low_precision_is_all_noise_it_is_not_used(monkeypatch: pytest.Mon
     solution = Refined(CG(1e-4))(operator, right)
     assert solution.converged and "not used" in solution.note
     assert relative(solution.vector, CG(1e-4)(operator, right).vector) == 0.0
+
+
+@pytest.mark.parametrize("family", ["bert sdpa", "gpt2 eager"])
+def test_where_low_precision_gets_no_further_full_precision_goes_on(family: str) -> None:
+    """Small eigenvalues drown in bfloat16's noise: half of the products bring nothing, the other half what CG alone brings."""
+    operator, right = system(family)
+    operator = Shifted(operator.base, operator.shift, 1e-4)
+    plain = CG(1e-2)(operator, right)
+    assert plain.converged and plain.products > 100
+    most = 2 * plain.products + 10
+    solution = Refined(CG(1e-2, most))(operator, right)
+    assert solution.converged and solution.residual <= 1e-2
+    low, full = (int(part.split()[0]) for part in solution.note.replace("; ", ", ").split(", "))
+    assert low <= most // 2 + 3 and full <= plain.products + 5
+    assert solution.products == low + full
+
+
+def test_a_low_precision_that_breaks_down_leaves_the_solve_to_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator, right = system("bert sdpa")
+    exact = CG(1e-4)(operator, right)
+    spoiled = Broken(operator, 5)
+    monkeypatch.setattr(Shifted, "at", lambda self, precision: spoiled)
+    solution = Refined(CG(1e-4))(operator, right)
+    assert spoiled.products > spoiled.good
+    assert solution.converged and relative(solution.vector, exact.vector) < 1e-3
 
 
 def test_a_preconditioner_serves_the_inner_solves_and_settings_tell_all() -> None:
