@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
+import re
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nlpinf.errors import BadInput
 
 PARTIAL = ".partial"
+_STALE = 3600.0  # seconds without a byte after which a file that is being written is left over
 
 
 class disk:
@@ -52,11 +57,27 @@ def publish(path: Path, write: Callable[[Path], Any], name: Callable[[Path, Path
             temporary.unlink(missing_ok=True)
 
 
+def tidy(path: Path) -> None:
+    """Remove what processes that were killed left of their attempts to write this file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+        try:
+            if time.time() - left.stat().st_mtime > _STALE:
+                left.unlink()
+        except FileNotFoundError:  # another process was quicker
+            pass
+
+
 def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file that those may read who may read the user's other files; the library's are their owner's alone."""
     Path(path).touch()
     mode = Path(path).stat().st_mode
-    save_file(tensors, path, metadata)
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # which hides the system's error in its words
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
     Path(path).chmod(mode)
 
 

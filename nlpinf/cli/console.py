@@ -17,8 +17,9 @@ from rich.table import Table
 from nlpinf import processes
 from nlpinf.scoring import ScoredDocument, ScoredRow
 
-err = Console(stderr=True)
-out = Console(soft_wrap=False)
+# Texts, names and paths are printed as they are: what looks like markup or an emoji's name in them is theirs.
+err = Console(stderr=True, markup=False, emoji=False)
+out = Console(soft_wrap=False, markup=False, emoji=False)
 
 Report = Callable[[str, int, int, str], None]
 
@@ -149,8 +150,8 @@ def documents_table(documents: list[ScoredDocument], texts: Mapping[int, str], t
 
 
 def shown(text: str | None, width: int = 110) -> str:
-    """Return a text as one printable line without markup."""
-    line = " ".join((text or "").split()).replace("[", r"\[")
+    """Return a text as one line, cut off."""
+    line = " ".join((text or "").split())
     return line if len(line) <= width else line[: width - 1] + "…"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from nlpinf.cli import console
+from nlpinf.data.sources import Source, find
 from nlpinf.errors import BadInput
 from nlpinf.scoring import Scores
 from nlpinf.scoring.filter import filter_corpus
@@ -45,6 +46,10 @@ def filter(
     ),
     replace_with: str | None = typer.Option(None, help="Corpus whose rows take the places of the dropped ones."),
     corpus: str | None = typer.Option(None, help="The corpus that was scored, where the scores keep no texts."),
+    text_column: str | None = typer.Option(None, help="The column or key of its texts; default: as it was scored."),
+    split: str | None = typer.Option(None, help="Its split, of a data set; default: as it was scored."),
+    replace_column: str = typer.Option("text", help="The column or key of the texts of --replace-with."),
+    replace_split: str | None = typer.Option(None, help="The split of --replace-with, of a data set."),
     seed: int = typer.Option(0, help="Seed of the random rules."),
     json_: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
@@ -73,7 +78,13 @@ def filter(
     keep, rule = rules[0]
     opened = Scores.open(scores)
     selection = select(opened, rule, query, how.value)
-    done = filter_corpus(opened, selection, out, keep=keep, corpus=corpus, replacement=replace_with)
+    source: Source | str | None = corpus
+    if text_column is not None or split is not None:
+        if corpus is None:
+            raise BadInput("--text-column and --split say how to read --corpus; give that too")
+        source = find(corpus, text_column or "text", split)
+    filler = None if replace_with is None else find(replace_with, replace_column, replace_split)
+    done = filter_corpus(opened, selection, out, keep=keep, corpus=source, replacement=filler)
     if json_:
         console.print_json({**asdict(done), "out": str(done.out)})
         return

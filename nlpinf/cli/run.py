@@ -56,7 +56,7 @@ def execute(recipe: Recipe, out: Path, json_: bool, result: Path | None, command
         return
     for case, (outcome, folder) in outcomes.items():
         if len(outcomes) > 1:
-            console.out.print(f"\n[bold]{case}[/bold]")
+            console.out.print(f"\n{case}", style="bold")
         _print(outcome, folder)
 
 

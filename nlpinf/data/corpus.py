@@ -14,6 +14,7 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ class Corpus(Sequence[str]):
     `rows`     their numbers, distinct; default 0, 1, 2, ...
     `path`     where they come from, for manifests
     `skipped`  how many rows of the source were left out, by reason
+    `reading`  what else it takes to read them from `path` again: arguments of `nlpinf.data.sources.find`
     """
 
     def __init__(
@@ -38,11 +40,13 @@ class Corpus(Sequence[str]):
         *,
         path: str | None = None,
         skipped: dict[str, int] | None = None,
+        reading: dict[str, Any] | None = None,
     ) -> None:
         self._texts = _column(texts)
         self.rows = torch.arange(len(self._texts)) if rows is None else torch.as_tensor(rows, dtype=torch.int64)
         self.path = path
         self.skipped = dict(skipped or {})
+        self.reading = dict(reading or {})
         where = path or "corpus"
         if not len(self._texts):
             raise BadInput(f"{where}: there is no text in it; give at least one sentence")
@@ -77,8 +81,9 @@ class Corpus(Sequence[str]):
         if not len(texts):
             raise BadInput(f"{source.name}: the corpus is empty; give one with at least one sentence")
         if not skipped:
-            return cls(texts, path=source.name)
-        return cls(texts, torch.from_numpy(np.concatenate(rows)), path=source.name, skipped={"empty": skipped})
+            return cls(texts, path=source.name, reading=source.reading)
+        there = torch.from_numpy(np.concatenate(rows))
+        return cls(texts, there, path=source.name, skipped={"empty": skipped}, reading=source.reading)
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -102,10 +107,10 @@ class Corpus(Sequence[str]):
 
     @cached_property
     def sha256(self) -> str:
-        """The sha256 of the texts in order, UTF-8, each followed by "\\n": that of the plain file, if none is empty."""
-        digest = hashlib.sha256()
+        """The sha256 of the texts in order: `TextsDigest`."""
+        digest = TextsDigest()
         for start in range(0, len(self), 1 << 16):
-            digest.update("\n".join([*self[start : start + (1 << 16)], ""]).encode())
+            digest.update(self._texts.slice(start, 1 << 16))
         return digest.hexdigest()
 
     def texts(self, start: int, stop: int) -> pa.Array:
@@ -121,7 +126,8 @@ class Corpus(Sequence[str]):
         if not len(kept):
             raise BadInput(f"{self.path or 'corpus'}: every row is left out; keep at least one")
         skipped = {**self.skipped, "left out": self.skipped.get("left out", 0) + len(left_out)}
-        return Corpus(self._texts.take(pa.array(kept.numpy())), self.rows[kept], path=self.path, skipped=skipped)
+        texts = self._texts.take(pa.array(kept.numpy()))
+        return Corpus(texts, self.rows[kept], path=self.path, skipped=skipped, reading=self.reading)
 
 
 def read_labelled(path: str | Path, labels: int | None = None, *, training: bool = False) -> list[dict[str, Any]]:
@@ -149,6 +155,30 @@ def read_labelled(path: str | Path, labels: int | None = None, *, training: bool
             f"{path}: all {len(examples)} examples have the label {examples[0]['label']}; training needs two classes"
         )
     return examples
+
+
+class TextsDigest:
+    """The sha256 of texts in order, UTF-8, each followed by "\\n": that of the plain file, if none is empty.
+
+    Where a text has a "\\n" in it, that of their lengths in bytes follows, so that the same lines cut into other texts differ.
+    """
+
+    def __init__(self) -> None:
+        self._texts, self._lengths, self._broken = hashlib.sha256(), hashlib.sha256(), False
+
+    def update(self, texts: pa.Array) -> None:
+        """Go on with these texts, large strings without nulls."""
+        lengths = pc.binary_length(texts).to_numpy(zero_copy_only=False)
+        self._lengths.update(np.ascontiguousarray(lengths, "<i8").tobytes())
+        self._broken = self._broken or bool(pc.any(pc.match_substring(texts, "\n")).as_py())
+        self._texts.update("\n".join([*texts.to_pylist(), ""]).encode())
+
+    def hexdigest(self) -> str:
+        """Return the sha256 of the texts so far."""
+        whole = self._texts.copy()
+        if self._broken:
+            whole.update(self._lengths.digest())
+        return whole.hexdigest()
 
 
 def examples_sha256(examples: Sequence[Any]) -> str:

@@ -100,7 +100,7 @@ def objects(path: str | Path, blank: dict[str, Any] | None = None) -> Iterator[t
                 continue
             try:
                 value = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 hint = "is empty; remove it" if not line.strip() else "is not valid JSON; each line is one object"
                 raise BadInput(f"{path}: line {number} {hint}") from None
             if not isinstance(value, dict):

@@ -11,7 +11,7 @@ import fnmatch
 import glob
 import re
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,10 +47,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Source:
-    """A name for manifests, and the blocks of the corpus; each call of `blocks` starts from the first."""
+    """A name for manifests, and the blocks of the corpus; each call of `blocks` starts from the first.
+
+    `reading` holds the arguments of `find` beside the name that are not its defaults.
+    """
 
     name: str
     blocks: Callable[[], Iterator[Block]]
+    reading: dict[str, Any] = field(default_factory=dict)
 
 
 def find(where: Any, text_column: str = "text", split: str | None = None, streaming: bool = False) -> Source:
@@ -60,6 +64,13 @@ def find(where: Any, text_column: str = "text", split: str | None = None, stream
     a folder of `datasets.save_to_disk`, the name of a data set on the Hugging Face hub (NAME or NAME:CONFIG, with
     `split`; `streaming` fetches it while it is read), or a `datasets.Dataset` or `IterableDataset`.
     """
+    asked = {"text_column": text_column, "split": split, "streaming": streaming}
+    usual = {"text_column": "text", "split": None, "streaming": False}
+    reading = {key: value for key, value in asked.items() if value != usual[key]}
+    return replace(_found(where, text_column, split, streaming), reading=reading)
+
+
+def _found(where: Any, text_column: str, split: str | None, streaming: bool) -> Source:
     if not isinstance(where, str | Path):
         return _of_dataset(where, text_column)
     text = expand(where)
@@ -78,6 +89,8 @@ def find(where: Any, text_column: str = "text", split: str | None = None, stream
         if split is not None:
             return _of_hub(text, text_column, split, streaming)
         raise BadInput(f"{text}: there is no such file; check the path (a data set of the hub also needs --split)")
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{text}: is a pipe or a device, and a corpus is read more than once; write it to a file first")
     _no_split(text, split)
     return _of_files(text, [path], text_column)
 
@@ -134,7 +147,7 @@ def odd(texts: pa.Array) -> dict[str, int]:
 def format_of(path: Path) -> Format:
     """Return the format that a file's name tells. `news.en-00001-of-00100` is text: shard marks and languages say nothing."""
     suffix = re.sub(r"(-\d+)+(-of-\d+)?$", "", suffixes(path)[0])
-    if re.fullmatch(r"\.([a-z]{2}|\d+|heldout)", suffix):
+    if re.fullmatch(r"\.((?!xz|lz)[a-z]{2}|\d+|heldout)", suffix):
         suffix = ""
     if suffix not in FORMATS:
         raise BadInput(
@@ -181,7 +194,7 @@ def _json_blocks(path: Path, shown: str, column: str) -> Iterator[Block]:
     texts: list[str] = []
     first = 1
     for number, value in objects(path, blank={column: ""}):
-        texts.append(text_of(value, path, number, column))
+        texts.append("" if value.get(column, "") is None else text_of(value, path, number, column))
         if len(texts) == _ROWS:
             yield _json_block(texts, shown, first)
             texts, first = [], number + 1
@@ -214,7 +227,13 @@ _READERS: dict[Format, Callable[[Path, str, str], Iterator[Block]]] = {
 }
 
 
-_TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_dictionary, pa.types.is_null)
+_TEXT_TYPES = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_dictionary,
+    pa.types.is_null,
+)
 
 
 def _table_block(values: pa.Array, shown: str, column: str, first: int) -> Block:

@@ -14,7 +14,7 @@ from nlpinf.data.files import line_blocks, objects, suffixes
 from nlpinf.errors import BadInput
 from nlpinf.influence import QueryVectors
 from nlpinf.scoring.feed import feed_of
-from nlpinf.scoring.filter import dropped_rows
+from nlpinf.scoring.filter import differs, dropped_rows
 from nlpinf.scoring.select import Amount, Rule, select
 from nlpinf.scoring.store import Scores
 from nlpinf.stages import fingerprint
@@ -86,7 +86,8 @@ def check_scores(scores: Scores, vectors: QueryVectors) -> None:
         raise BadInput(
             f"{where}: holds scores of another query (another query vector); give those of this query folder"
         )
-    if identity["corpus_sha256"] != feed_of(vectors.stage.data).sha256:
+    if difference := differs(scores, feed_of(vectors.stage.data)):
         raise BadInput(
-            f"{where}: holds scores of another corpus than was pretrained on, whose rows cannot be left out of the pretraining"
+            f"{where}: holds scores of another corpus than was pretrained on ({difference}), whose rows cannot be left out "
+            "of the pretraining"
         )

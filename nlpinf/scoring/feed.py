@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from nlpinf.data.corpus import Corpus, examples_sha256
+from nlpinf.data.corpus import Corpus, TextsDigest, examples_sha256
 from nlpinf.data.sources import ODD, EmptyPolicy, Source, find, kept, odd
 from nlpinf.errors import BadInput
 
@@ -57,7 +57,7 @@ class Repeats:
 class Feed(ABC):
     """Rows of a corpus in order. `size` of them are fed, of `total`; `sha256` is that of all texts or examples.
 
-    `odd` tells how many of all its texts have characters that hint at damage, by name (`nlpinf.data.sources.ODD`).
+    `reading` is what else than `path` it takes to read it again. `odd` tells how many of all its texts have characters that hint at damage, by name (`nlpinf.data.sources.ODD`).
     """
 
     path: str | None
@@ -68,6 +68,7 @@ class Feed(ABC):
     counts: np.ndarray | None = None  # (size,) int32
     repeats: Repeats | None = None
     odd: Mapping[str, int] = MappingProxyType({})
+    reading: Mapping[str, Any] = MappingProxyType({})
     packed: bool = False  # whether rows hold pieces of several documents
 
     @property
@@ -125,6 +126,7 @@ class StreamFeed(Feed):
     def of(cls, source: Source, empty: EmptyPolicy = "error") -> StreamFeed:
         """Return the feed of a source; reads it once, to count, number and hash its rows."""
         feed = cls(lambda: kept(source, empty), source.name)
+        feed.reading = source.reading
         feed._scan()
         return feed
 
@@ -139,15 +141,15 @@ class StreamFeed(Feed):
                 yield numbers[start:stop], corpus.texts(start, stop), 0
 
         feed = cls(blocks, corpus.path, corpus.skipped)
-        feed._scanned = corpus.sha256, numbers
+        feed._scanned, feed.reading = (corpus.sha256, numbers), corpus.reading
         found = [odd(texts) for _, texts, _ in blocks()]
         feed.odd = {name: count for name in ODD if (count := sum(each[name] for each in found))}
         return feed
 
     def _scan(self) -> None:
-        digest, numbers, blank, strange = hashlib.sha256(), [], 0, dict.fromkeys(ODD, 0)
+        digest, numbers, blank, strange = TextsDigest(), [], 0, dict.fromkeys(ODD, 0)
         for rows, texts, left_out in self._blocks():
-            digest.update("\n".join([*texts.to_pylist(), ""]).encode())
+            digest.update(texts)
             numbers.append(rows)
             blank += left_out
             strange = {name: strange[name] + count for name, count in odd(texts).items()}
@@ -160,7 +162,7 @@ class StreamFeed(Feed):
 
     @property
     def sha256(self) -> str:  # type: ignore[override]
-        """The sha256 of all texts, each followed by "\\n"."""
+        """The sha256 of all texts: `nlpinf.data.corpus.TextsDigest`."""
         assert self._scanned is not None
         return self._scanned[0]
 
@@ -176,7 +178,7 @@ class StreamFeed(Feed):
 
     def choose(self, chosen: np.ndarray) -> StreamFeed:
         feed = StreamFeed(self._blocks, self.path, self.skipped)
-        feed._scanned, feed.chosen, feed.odd = self._scanned, chosen, self.odd
+        feed._scanned, feed.chosen, feed.odd, feed.reading = self._scanned, chosen, self.odd, self.reading
         return feed
 
     def dedupe(self) -> StreamFeed:

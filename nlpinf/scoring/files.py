@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nlpinf.files import PARTIAL, disk, first_name, publish
+from nlpinf.files import PARTIAL, disk, first_name, publish, tidy
 
-__all__ = ["PARTIAL", "disk", "first_name", "publish", "write_table"]
+__all__ = ["PARTIAL", "disk", "first_name", "publish", "tidy", "write_table"]
 
 
 def write_table(table: pa.Table, path: Path) -> None:

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nlpinf.data.files import suffixes
+from nlpinf.data.sources import find
 from nlpinf.errors import BadInput
 from nlpinf.scoring.feed import Feed, feed_of
-from nlpinf.scoring.files import disk, publish
+from nlpinf.scoring.files import disk, publish, tidy
 from nlpinf.scoring.select import Selection
 from nlpinf.scoring.store import REPEATS, Scores
 
@@ -55,7 +57,7 @@ def filter_corpus(
 
     `out`          .txt (one text a line), .jsonl (`text` and `row`), each also .gz, .zst or .bz2, or .parquet
     `corpus`       where the texts are, if the scores keep none or equal texts were scored once: it must be the one
-                   that was scored
+                   that was scored; a path is read as it was then (column, split)
     `replacement`  another corpus, whose rows take the places of the dropped ones, from its first on; their `row` is null
 
     Memory: 9 bytes a row for the decision, and a block of texts.
@@ -82,6 +84,7 @@ def filter_corpus(
     blocks = _filled(_blocks(scores, source), dropped, filler)
     with disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        tidy(path)
     written = [0]
     publish(path, lambda temporary: written.append(_WRITERS[name](blocks, temporary, packed, path)))
     replaced = len(dropped) if filler is not None else 0
@@ -90,7 +93,20 @@ def filter_corpus(
 
 def dropped_rows(scores: Scores, drop: np.ndarray) -> np.ndarray:
     """Return the numbers of the rows to drop, ascending; a text that was scored once goes with all its rows."""
-    rows = scores.rows[drop]
+    return _with_repeats(scores, scores.rows[drop])
+
+
+def differs(scores: Scores, feed: Feed) -> str | None:
+    """Say in what a corpus is another than that which was scored; None if in nothing."""
+    if feed.sha256 != scores.manifest["identity"]["corpus_sha256"]:
+        return "the texts differ"
+    if not np.array_equal(np.sort(feed.all_rows), _with_repeats(scores, scores.rows)):
+        return "the texts have other row numbers, as where empty lines were removed"
+    return None
+
+
+def _with_repeats(scores: Scores, rows: np.ndarray) -> np.ndarray:
+    """Return these row numbers and those of the rows that have the same texts and were not scored, ascending."""
     if scores.folder is not None and (scores.folder / REPEATS).exists():
         table = pq.read_table(scores.folder / REPEATS)
         repeated = np.isin(table["first"].to_numpy(), rows)
@@ -105,15 +121,15 @@ def _source(scores: Scores, corpus: Any) -> Feed | None:
         if "text" in scores.columns and not deduped:
             return None
         told = "score equal texts once" if deduped else "keep no texts"
-        corpus = scores.manifest["corpus"]["path"]
-        if corpus is None:
+        if scores.manifest["corpus"]["path"] is None:
             raise BadInput(f"{scores.folder or 'the scores'}: {told}; give the corpus too (--corpus)")
+        corpus = scores.manifest["corpus"]["path"]
+    if isinstance(corpus, str | Path):
+        corpus = find(corpus, **scores.manifest["corpus"].get("reading", {}))
     skipped = scores.manifest["corpus"].get("skipped", {})
     feed = feed_of(corpus, "skip" if "empty" in skipped else "error")
-    if feed.sha256 != scores.manifest["identity"]["corpus_sha256"]:
-        raise BadInput(
-            f"{feed.path or 'the corpus'}: is not the corpus that was scored (the texts differ); give that one"
-        )
+    if difference := differs(scores, feed):
+        raise BadInput(f"{feed.path or 'the corpus'}: is not the corpus that was scored ({difference}); give that one")
     return feed
 
 
@@ -185,12 +201,21 @@ def _predicted_change(scores: Scores, drop: np.ndarray) -> dict[str, float]:
     return dict(zip(scores.queries, (-total / scores.m).tolist()))
 
 
-def _opened(path: Path, packed: str) -> Any:
-    if packed == ".gz":  # without a name and a time, so that equal texts give equal bytes
-        return gzip.GzipFile("", "wb", fileobj=path.open("wb"), mtime=0)
-    if packed == ".bz2":
-        return bz2.open(path, "wb")
-    return pa.CompressedOutputStream(str(path), "zstd") if packed else path.open("wb")
+@contextmanager
+def _opened(path: Path, packed: str) -> Iterator[Any]:
+    """Open a file to write; closing it writes its last bytes, and raises where there is no room for them."""
+    with path.open("wb") as raw:
+        if packed == ".gz":  # without a name and a time, so that equal texts give equal bytes
+            with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+                yield file
+        elif packed == ".bz2":
+            with bz2.open(raw, "wb") as file:
+                yield file
+        elif packed:
+            with pa.CompressedOutputStream(raw, "zstd") as file:
+                yield file
+        else:
+            yield raw
 
 
 def _write_lines(blocks: Iterator[tuple[pa.Array, pa.Array]], temporary: Path, packed: str, path: Path) -> int:
@@ -200,8 +225,13 @@ def _write_lines(blocks: Iterator[tuple[pa.Array, pa.Array]], temporary: Path, p
             broken = pc.or_(pc.match_substring(texts, "\n"), pc.ends_with(texts, "\r"))
             if pc.any(broken).as_py():
                 row = rows[broken.index(True).as_py()].as_py()
+                which = "a row that takes the place of a dropped one" if row is None else f"row {row}"
                 raise BadInput(
-                    f"{path}: the text of row {row} has a line break, which a .txt file cannot hold; write .jsonl"
+                    f"{path}: the text of {which} has a line break, which a .txt file cannot hold; write .jsonl"
+                )
+            if not count and len(texts) and texts[0].as_py().startswith("\ufeff"):
+                raise BadInput(
+                    f"{path}: the first text begins with U+FEFF, which readers of a .txt file leave out; write .jsonl"
                 )
             count += len(texts)
             if len(texts):

@@ -80,7 +80,13 @@ def scores_manifest(vectors: QueryVectors, feed: Feed, scorer: RowScorer, identi
         "queries": queries,
         "query_vectors": vectors.settings,
         "stage": stage.name,
-        "corpus": {"path": feed.path, "rows": feed.size, "skipped": feed.skipped, "odd": dict(feed.odd)},
+        "corpus": {
+            "path": feed.path,
+            "reading": dict(feed.reading),
+            "rows": feed.size,
+            "skipped": feed.skipped,
+            "odd": dict(feed.odd),
+        },
         "scoring": scorer.summary(),
         "versions": {name: _version(name) for name in ("nlpinf", "torch", "transformers", "pyarrow")},
     }

@@ -10,9 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from nlpinf.errors import BadInput
 from nlpinf.scoring.documents import write_documents
 from nlpinf.scoring.files import first_name, publish
+from nlpinf.scoring.screen import FOLDER as SCREENING
+from nlpinf.scoring.screen import REPORT as RECALL
 from nlpinf.scoring.store import (
     COMPRESSED,
     REPEATS,
@@ -61,6 +66,8 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> Merged:
                     "(other versions, threads or processors round differently)"
                 )
             where.setdefault(part, path)
+    for part, path in where.items():
+        _check_part(path, part, manifests[0]["identity"])
     store = Store.start(out, manifests[0])
     repeats = next((folder / REPEATS for folder in sources if (folder / REPEATS).exists()), None)
     if repeats is not None and not (store.folder / REPEATS).exists():
@@ -71,13 +78,27 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> Merged:
             _bring(path, target)
         elif not filecmp.cmp(path, target, shallow=False):
             raise BadInput(f"{target}: is there already and differs from {path}, the same part; delete one of them")
-    compression = next((folder / COMPRESSED for folder in sources if (folder / COMPRESSED).exists()), None)
-    if compression is not None:
-        _bring(compression, store.folder / COMPRESSED)
+    for kept in (COMPRESSED, f"{SCREENING}/{RECALL}"):
+        source = next((folder / kept for folder in sources if (folder / kept).exists()), None)
+        if source is not None:
+            (store.folder / kept).parent.mkdir(exist_ok=True)
+            _bring(source, store.folder / kept)
     store.tidy()
     store.finish()
     write_documents(Scores.open(store.folder, partial=True))
     return Merged(store.folder, len(where), store.missing(), _differences(sources, manifests))
+
+
+def _check_part(path: Path, part: int, identity: dict[str, Any]) -> None:
+    """Raise `BadInput` for a part that cannot be read or does not hold the rows that it should."""
+    wanted = min(identity["part_rows"], identity["rows"] - part * identity["part_rows"])
+    try:
+        rows = pq.read_metadata(path).num_rows
+    except (pa.ArrowException, OSError) as error:
+        told = str(error).splitlines()[0]
+        raise BadInput(f"{path}: cannot be read ({told}); delete this part and score it again") from None
+    if rows != wanted:
+        raise BadInput(f"{path}: has {rows:,} rows instead of {wanted:,}; delete this part and score it again")
 
 
 def _bring(source: Path, target: Path) -> None:

@@ -68,7 +68,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Selection:
-    """`chosen` (N,) bool in the order of the stored rows, and by query the score at the edge of what was chosen."""
+    """`chosen` (N,) bool in the order of the stored rows, and by query the score at the edge of what was chosen, if anything was."""
 
     chosen: np.ndarray
     edges: dict[str, float]
@@ -93,24 +93,28 @@ def select(scores: Scores, rule: Rule, queries: Sequence[int | str] = (0,), how:
             mean += scores.column(query)
         names = " + ".join(_name(scores, query) for query in queries)
         chosen, edge = _one((mean / len(queries)).astype(np.float32), rule, counts)
-        return Selection(chosen, {names: edge})
+        return Selection(chosen, {} if edge is None else {names: edge})
     total: np.ndarray | None = None
     edges = {}
     for query in queries:
-        chosen, edges[_name(scores, query)] = _one(scores.column(query), rule, counts)
+        chosen, edge = _one(scores.column(query), rule, counts)
+        if edge is not None:
+            edges[_name(scores, query)] = edge
         total = chosen if total is None else total & chosen if how == "all" else total | chosen
     assert total is not None
     return Selection(total, edges)
 
 
-def _one(column: np.ndarray, rule: Rule, counts: np.ndarray | None) -> tuple[np.ndarray, float]:
+def _one(column: np.ndarray, rule: Rule, counts: np.ndarray | None) -> tuple[np.ndarray, float | None]:
     key = -column if rule.side == "harmful" else column
     if rule.threshold is not None:
         # In float64: a threshold that a score was rounded to does not count as beyond it by the rounding alone.
         return (column > rule.threshold if rule.side == "harmful" else column < rule.threshold), rule.threshold
     assert rule.amount is not None
     chosen = _first(key, rule.amount, counts)
-    edge = float(key[chosen].max()) if chosen.any() else float("nan")
+    if not chosen.any():
+        return chosen, None
+    edge = float(key[chosen].max())
     return chosen, -edge if rule.side == "harmful" else edge
 
 

@@ -379,6 +379,7 @@ def identity_difference(old: Any, new: dict[str, Any]) -> str | None:
         "queries": "holds scores of another query (another query vector)",
         "weights_sha256": "was made with other weights of the pretrained model",
         "corpus_sha256": "was made from another corpus (the texts differ)",
+        "dedupe": "was made with another --dedupe",
         "rows": "was made from another corpus",
         "rows_sha256": "was made from a corpus with other row numbers",
     }

@@ -47,6 +47,48 @@ def test_filter_writes_what_top_does_not_show(root: Path, tmp_path: Path) -> Non
     refused(nlpinf("filter", scores, "--out", tmp_path / "x.txt", "--drop-harmful", "lots"), "lots")
 
 
+def test_texts_with_brackets_are_shown_as_they_are(root: Path, tmp_path: Path) -> None:
+    texts = ["the plot was [/x] wrong", "we have \\[a^2+b^2] here", "so :smile: and [bold]loud[/bold]"]
+    (tmp_path / "c.txt").write_text("\n".join(texts) + "\n")
+    assert nlpinf(*score(root, tmp_path / "s", "--corpus", tmp_path / "c.txt")).status == 0
+    ended = nlpinf("top", tmp_path / "s")
+    assert ended.status == 0 and all(text in ended.out for text in texts), ended
+
+
+def test_a_corpus_of_another_column_is_filtered_and_replaced(root: Path, tmp_path: Path) -> None:
+    texts = sentences()[:8]
+    rows = [{"body": text, "text": "another text", "null": None} for text in texts]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    column = ("--text-column", "body")
+    assert nlpinf(*score(root, tmp_path / "s", "--corpus", tmp_path / "c.jsonl", *column, "--no-text")).status == 0
+    out = ("--drop-harmful", 3, "--out")
+    assert nlpinf("filter", tmp_path / "s", *out, tmp_path / "o.txt").status == 0
+    kept = (tmp_path / "o.txt").read_text().splitlines()
+    assert len(kept) == 5 and set(kept) < set(texts)
+    more = (
+        "--corpus",
+        tmp_path / "c.jsonl",
+        *column,
+        "--replace-with",
+        tmp_path / "c.jsonl",
+        "--replace-column",
+        "body",
+    )
+    assert nlpinf("filter", tmp_path / "s", *out, tmp_path / "p.txt", *more).status == 0
+    fresh = iter(texts)
+    expected = [text if text in kept else next(fresh) for text in texts]
+    assert (tmp_path / "p.txt").read_text().splitlines() == expected
+    refused(nlpinf("filter", tmp_path / "s", *out, tmp_path / "q.txt", *column), "--text-column", "--corpus")
+    nothing = nlpinf("filter", tmp_path / "s", "--drop-harmful", "1%", "--out", tmp_path / "r.txt", "--json")
+    assert nothing.json["edges"] == {} and nothing.json["dropped"] == 0
+
+
+def test_a_run_of_equal_texts_names_the_option(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_text("the cat\nthe cat\na dog\n")
+    assert nlpinf(*score(root, tmp_path / "s", "--corpus", tmp_path / "c.txt")).status == 0
+    refused(nlpinf(*score(root, tmp_path / "s", "--corpus", tmp_path / "c.txt", "--dedupe")), "another --dedupe")
+
+
 def test_equal_texts_are_scored_once_and_shown_with_their_number(root: Path, tmp_path: Path) -> None:
     texts = sentences()[:6]
     lines = [texts[i] for i in (0, 1, 0, 2, 3, 0, 4, 1, 5)]

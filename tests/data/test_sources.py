@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,8 @@ WRONG = [
     ("a.txt.zst", plain(SOME), "truncated, damaged or not of its suffix"),
     ("a.jsonl.gz", gzip.compress(objects(SOME))[:-9], "truncated"),
     ("a.jsonl.zst", zst(objects(SOME))[:-9], "truncated"),
+    ("a.txt.xz", b"\xfd7zXZ", "format '.xz' are not known"),
+    ("a.jsonl", b"[" * 200_000 + b"\n", "line 1 is not valid JSON"),
     ("a.parquet", _parquet_bytes()[:-9], "truncated"),
     ("a.parquet", _parquet_bytes()[:3000], "truncated"),
     ("a.parquet", b"", "truncated"),
@@ -258,3 +261,33 @@ def test_folders_of_nothing_and_of_two_formats(tmp_path: Path) -> None:
         Corpus.read(tmp_path)
     with pytest.raises(BadInput, match="cannot be read from int"):
         Corpus.read(3)
+
+
+def test_pipes_are_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path in (tmp_path / "pipe.txt", Path("/dev/null")):
+        with pytest.raises(BadInput, match=r"a pipe or a device.*write it to a file first"):
+            find(path)
+
+
+def test_nulls_in_json_lines_are_empty_rows(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": "b"}\n')
+    corpus = Corpus.read(tmp_path / "c.jsonl", empty="skip")
+    assert list(corpus) == ["a", "b"] and corpus.rows.tolist() == [0, 2] and corpus.skipped == {"empty": 1}
+    with pytest.raises(BadInput, match="line 2 is empty"):
+        Corpus.read(tmp_path / "c.jsonl")
+
+
+def test_string_views_are_strings(tmp_path: Path) -> None:
+    path = tmp_path / "c.parquet"
+    pq.write_table(pa.table({"text": pa.array(["a", "b"]).cast(pa.string_view())}), path)
+    assert list(Corpus.read(path)) == ["a", "b"]
+
+
+def test_a_source_tells_how_it_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_bytes(objects(["a"], "body"))
+    source = find(tmp_path / "c.jsonl", "body")
+    assert source.reading == {"text_column": "body"}
+    assert find(source.name, **source.reading).reading == source.reading
+    (tmp_path / "c.txt").write_bytes(plain(["a"]))
+    assert find(tmp_path / "c.txt").reading == {}

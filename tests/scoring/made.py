@@ -20,7 +20,7 @@ SIZE = 7
 def manifest(feed: Feed, queries: int = 1, **identity: Any) -> dict[str, Any]:
     same = {"rows": feed.size, "part_rows": SIZE, "parts": -(-feed.size // SIZE), "corpus_sha256": feed.sha256}
     names = [{"name": f"query {i}"} for i in range(queries)]
-    corpus = {"path": feed.path, "rows": feed.size, "skipped": feed.skipped}
+    corpus = {"path": feed.path, "reading": dict(feed.reading), "rows": feed.size, "skipped": feed.skipped}
     return {
         "kind": "scores",
         "format": 1,

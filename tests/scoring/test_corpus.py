@@ -118,7 +118,7 @@ def test_a_corpus_file_scores_like_the_texts_in_memory(tmp_path: Path) -> None:
     # Masks are drawn by row number, so renumbered sentences have other losses.
     assert apart(score(vectors, texts).losses, scores.losses) > 1e-3
     assert scores.manifest["corpus"] == {
-        "path": str(file), "rows": 15, "skipped": {"empty": 1}, "odd": {}, "truncated": 0,
+        "path": str(file), "reading": {}, "rows": 15, "skipped": {"empty": 1}, "odd": {}, "truncated": 0,
     }  # fmt: skip
     file.write_text("\n".join(texts))
     np.testing.assert_array_equal(score(vectors, file).column(), score(vectors, texts).column())

@@ -81,7 +81,7 @@ def test_awkward_text_is_scored_as_the_policy_says(tmp_path: Path) -> None:
     scores = score(query_vectors(stage), path, tmp_path / "s", empty="skip", part_rows=3)
     odd = {"U+FFFD": 1, "NUL": 1, "U+2028": 1, "CR": 1}
     counted = {"skipped": {"empty": 100_000}, "odd": odd, "truncated": 0}
-    assert scores.manifest["corpus"] == {"path": str(path), "rows": 8, **counted}
+    assert scores.manifest["corpus"] == {"path": str(path), "reading": {}, "rows": 8, **counted}
     assert scores.rows.tolist() == [0, 1, 2, 3, *range(100_004, 100_008)]
     table = [text for part in Scores.open(tmp_path / "s").tables(["text"]) for text in part["text"].to_pylist()]
     assert table == lines

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nlpinf.data.corpus import Corpus
+from nlpinf.data.sources import find
 from nlpinf.errors import BadInput
 from nlpinf.scoring.feed import deduped, feed_of
 from nlpinf.scoring.filter import filter_corpus
@@ -121,6 +124,81 @@ def test_texts_from_the_corpus(tmp_path: Path) -> None:
     assert not (tmp_path / "p.txt").exists()
 
 
+@pytest.mark.parametrize("dedupe", [False, True])
+def test_the_same_texts_at_other_row_numbers_are_another_corpus(tmp_path: Path, dedupe: bool) -> None:
+    """An empty line that went: the rows that scores name are then other texts."""
+    texts = ["red", "", "blue", "red", "cats"]
+    (tmp_path / "a.txt").write_text("\n".join(texts) + "\n")
+    (tmp_path / "b.txt").write_text("\n".join(t for t in texts if t) + "\n")
+    feed = feed_of(tmp_path / "a.txt", "skip")
+    feed = deduped(feed) if dedupe else feed
+    scores = made(tmp_path / "s", feed, np.arange(feed.size), text=False)
+    chosen = select(scores, Rule("harmful", Amount.parse("1")))
+    with pytest.raises(BadInput, match="other row numbers"):
+        filter_corpus(scores, chosen, tmp_path / "o.txt", corpus=tmp_path / "b.txt")
+    filter_corpus(scores, chosen, tmp_path / "o.txt")
+    assert written(tmp_path / "o.txt") == ["red", "blue", "red"]
+
+
+def test_the_same_lines_in_other_texts_are_another_corpus(tmp_path: Path) -> None:
+    for name, texts in {"a": ["a red\nfox", "b"], "b": ["a red", "fox\nb"], "c": ["a red", "fox", "b"]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    feeds = {name: feed_of(tmp_path / f"{name}.jsonl") for name in "abc"}
+    assert len({feed.sha256 for feed in feeds.values()}) == 3
+    assert all(feed.sha256 == Corpus.read(tmp_path / f"{name}.jsonl").sha256 for name, feed in feeds.items())
+    scores = made(tmp_path / "s", feeds["a"], np.arange(2), text=False)
+    for name in "bc":
+        with pytest.raises(BadInput, match="the texts differ"):
+            chosen = select(scores, Rule("harmful", Amount.parse("1")))
+            filter_corpus(scores, chosen, tmp_path / "o.jsonl", corpus=tmp_path / f"{name}.jsonl")
+
+
+def test_a_corpus_is_read_again_as_it_was_read(tmp_path: Path) -> None:
+    rows = [{"body": text, "text": "something else"} for text in TEXTS]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for corpus in (feed_of(find(tmp_path / "c.jsonl", "body")), Corpus.read(tmp_path / "c.jsonl", text_column="body")):
+        folder = tmp_path / type(corpus).__name__
+        scores = made(folder, corpus, VALUES[:, 0], text=False)
+        chosen = select(scores, Rule("harmful", Amount.parse("39")))
+        filler = find(tmp_path / "c.jsonl", "body")
+        done = filter_corpus(scores, chosen, tmp_path / f"{folder.name}.txt", replacement=filler)
+        kept = set(range(40)) - first(VALUES[:, 0], 39, True)
+        fresh = iter(TEXTS)
+        assert written(done.out) == [TEXTS[i] if i in kept else next(fresh) for i in range(40)]
+        moved = filter_corpus(scores, chosen, tmp_path / f"{folder.name}.jsonl", corpus=str(tmp_path / "c.jsonl"))
+        assert moved.written == 1
+
+
+@pytest.mark.parametrize("name", ["o.txt", "o.txt.gz", "o.txt.zst", "o.txt.bz2", "o.jsonl.gz", "o.parquet"])
+def test_where_the_disk_is_full_no_file_appears(scores: Scores, tmp_path: Path, name: str) -> None:
+    chosen = select(scores, Rule("harmful", Amount.parse("25%")), [1])
+    size = filter_corpus(scores, chosen, tmp_path / f"whole-{name}").out.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
+        with pytest.raises(BadInput, match="free some space"):
+            filter_corpus(scores, chosen, tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == [f"whole-{name}"]
+
+
+def test_what_killed_writers_left_goes_and_what_others_write_stays(scores: Scores, tmp_path: Path) -> None:
+    old, young, other = (tmp_path / name for name in (".o.txt.1.partial", ".o.txt.2.partial", ".p.txt.1.partial"))
+    for path in (old, young, other):
+        path.write_text("half")
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    filter_corpus(scores, select(scores, Rule("harmful", Amount.parse("1"))), tmp_path / "o.txt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [young.name, other.name, "o.txt"]
+
+
+def test_a_rule_that_means_no_row_has_no_edge(scores: Scores) -> None:
+    for how in ("all", "any", "mean"):
+        found = select(scores, Rule("helpful", Amount.parse("1%")), [0, 1], how)  # type: ignore[arg-type]
+        assert found.edges == {} and not found.chosen.any()
+
+
 def test_equal_texts_go_together(tmp_path: Path) -> None:
     draw = np.random.default_rng(1)
     texts = [f"text {i}" for i in draw.integers(0, 25, 90)]
@@ -160,5 +238,12 @@ def test_refusals(scores: Scores, tmp_path: Path) -> None:
     broken = made(tmp_path / "s", Corpus(["a", "b\nc", "d"]), np.arange(3))
     with pytest.raises(BadInput, match="text of row 1 has a line break"):
         filter_corpus(broken, select(broken, Rule("helpful", Amount.parse("1"))), tmp_path / "o.txt")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "there.txt"]
+    two = select(broken, Rule("helpful", Amount.parse("2")))
+    kept = made(tmp_path / "kept", Corpus(["a", "b", "c"]), np.arange(3))
+    with pytest.raises(BadInput, match="a row that takes the place of a dropped one has a line break"):
+        filter_corpus(kept, two, tmp_path / "o.txt", replacement=Corpus(["d\ne", "f"]))
+    marked = made(tmp_path / "marked", Corpus(["\ufeffa", "b", "c"]), np.arange(3))
+    with pytest.raises(BadInput, match="begins with U\\+FEFF"):
+        filter_corpus(marked, select(marked, Rule("harmful", Amount.parse("1"))), tmp_path / "o.txt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "marked", "s", "there.txt"]
     assert (tmp_path / "there.txt").read_text() == "mine"

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from nlpinf.data.corpus import Corpus
@@ -81,3 +82,25 @@ def test_status_counts_what_is_there(tmp_path: Path) -> None:
     done = status(whole)
     assert done.rows_done == 40 and done.seconds_left is None
     assert done.bytes == sum(path.stat().st_size for path in whole.glob("part-*"))
+
+
+def test_what_screening_was_worth_comes_along(tmp_path: Path) -> None:
+    _, folders = shared_out(tmp_path)
+    for folder in folders[1:]:
+        (folder / "screening").mkdir()
+        (folder / "screening" / "recall.json").write_text("[]")
+    merge(folders, tmp_path / "out")
+    assert (tmp_path / "out" / "screening" / "recall.json").read_text() == "[]"
+
+
+@pytest.mark.parametrize(("damage", "message"), [("garbage", "cannot be read"), ("rows", "has 3 rows instead of 7")])
+def test_a_damaged_part_is_refused_before_anything_is_made(tmp_path: Path, damage: str, message: str) -> None:
+    _, folders = shared_out(tmp_path)
+    path = folders[0] / "part-00003.parquet"
+    if damage == "garbage":
+        path.write_bytes(b"garbage")
+    else:
+        pq.write_table(pq.read_table(path).slice(0, 3), path)
+    with pytest.raises(BadInput, match=f"machine 0/part-00003.parquet: {message}.*delete this part"):
+        merge(folders, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
