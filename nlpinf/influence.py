@@ -296,7 +296,8 @@ def _repeats(chain: Chain, sample: Any, error_bars: int | None, own_steps: bool)
         if n is not None and n * error_bars > stage.size:
             raise BadInput(
                 f"{error_bars} disjoint samples of {n} rows were asked for, but the corpus of stage {stage.name!r} has "
-                f"{stage.size}; give a sample of at most {stage.size // error_bars}"
+                f"{stage.size}; give "
+                + (f"a sample of at most {most}" if (most := stage.size // error_bars) else "fewer error bars")
             )
     return error_bars
 

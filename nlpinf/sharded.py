@@ -33,6 +33,12 @@ def is_sharded(model: nn.Module) -> bool:
     return bool(blocks_of(model))
 
 
+def refused(model: nn.Module, stage: str, what: str, advice: str) -> None:
+    """Raise `BadInput` if the model is sharded, for what cannot be done with its pieces."""
+    if is_sharded(model):
+        raise BadInput(f"stage {stage!r}: its model is sharded among processes, for which there is no {what}; {advice}")
+
+
 def check(model: nn.Module) -> None:
     """Raise `BadInput` if the model is sharded in part: every parameter must be in a block that FSDP2 wrapped."""
     if _in_pieces(model):

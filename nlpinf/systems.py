@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from nlpinf import damping as dampings
 from nlpinf import parameters as P
+from nlpinf import sharded
 from nlpinf.checkpoints import Checkpoints, sketch
 from nlpinf.curvature import Curvature, CurvatureKind, Shifted, curvature_samples
 from nlpinf.curvature.spectrum import smallest_ritz_value
@@ -64,6 +65,9 @@ class System:
             self._take(curvature, damping)
             return
         self._take("ggn", damping)
+        if sharded.is_sharded(self.link.stage.model):
+            self._reasons["curvature"] = "Gauss-Newton matrix: a model sharded by FSDP has no second derivatives"
+            return
         ggn = (self.operator, self.second)
         self._take("hessian", self.operator.damping)
         self._fallback = ggn
@@ -146,6 +150,9 @@ class System:
             own: Any = solver
             if self.preconditioning is not None and getattr(solver, "preconditioner", False) is None:
                 if self._preconditioner is None:
+                    planned = getattr(self.preconditioning, "planned", None)
+                    if checkpoints is not None and planned is not None:
+                        checkpoints.say(f"{self.link.stage.name}: {planned(self.link.stage)}")
                     self._preconditioner = self.preconditioning.fit(self.operator)
                 own = replace(own, preconditioner=self._preconditioner)
             return own.many(self.operator, rights, self.second, progress, starts, part)  # type: ignore[no-any-return]

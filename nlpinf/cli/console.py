@@ -166,7 +166,8 @@ def sampling_lines(settings: Mapping[str, Any]) -> list[str]:
             if size["spearman"] is not None:
                 told.append(f"rank correlation with the size before {size['spearman']:.3f}")
             lines.append(", ".join(told))
-        lines.append(f"The sample {GROWTH[growth['ended']]}.")
+        alone = growth["ended"] == "limit reached" and len(growth["sizes"]) == 1
+        lines.append(f"The sample {GROWTH['limit at once' if alone else growth['ended']]}.")
     if bars := settings.get("error_bars"):
         rows = ", ".join(f"{n:,} of {stage}" for stage, n in bars["rows"].items())
         lines.append(f"Standard errors from {bars['samples']} disjoint samples ({rows}).")
@@ -176,6 +177,7 @@ def sampling_lines(settings: Mapping[str, Any]) -> list[str]:
 GROWTH = {
     "stable": "is large enough: a larger one leaves the scores in their order",
     "whole corpus": "grew to the whole corpus, and plays no part any more",
+    "limit at once": "began at its limit: how the order of the scores changes with more rows is not known",
     "limit reached": "reached its limit while the order of the scores still changed: trust it less than the solves' residuals",
 }
 

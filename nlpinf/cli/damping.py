@@ -10,6 +10,7 @@ from rich.table import Table
 from nlpinf.adapters.chains import open_chain
 from nlpinf.advice import FACTORS, Advice, advise
 from nlpinf.cli import console
+from nlpinf.curvature import CurvatureKind
 from nlpinf.data import shipped
 from nlpinf.data.corpus import read_labelled
 from nlpinf.queries import Query
@@ -24,7 +25,7 @@ def damping(
     pretrain: Path = typer.Option(help="Run folder of the pretraining."),
     finetune: list[Path] = typer.Option(help="Run folder of the finetuning; give it again for each further stage."),
     test: str = typer.Option(help="Labelled rows (.jsonl or .jsonl.gz); their mean loss is the query."),
-    curvature: str = typer.Option("ggn", help="Curvature operator: ggn, hessian or fisher."),
+    curvature: CurvatureKind = typer.Option("ggn", help="Curvature operator: ggn, hessian or fisher."),
     factor: list[float] = typer.Option(
         list(FACTORS), help="Damping to try, as a multiple of the mean eigenvalue; give it again for each."
     ),
@@ -46,7 +47,7 @@ def damping(
         found = advise(
             chain,
             Query.mean_loss(rows, "mean test loss"),
-            curvature=curvature,  # type: ignore[arg-type]
+            curvature=curvature,
             factors=factor,
             sample=sample,
             probe=probe,

@@ -133,6 +133,8 @@ def query(
             raise BadInput(f"{option} is {value}; the damping must be a number of at least 0")
     if damping is not None and relative_damping is not None:
         raise BadInput("--damping and --relative-damping were both given; give one of them")
+    if not sample.isdecimal() and sample not in ("auto", "grow"):
+        raise BadInput(f"--sample is {sample!r}; give a number of rows, auto or grow")
     if len(train) not in (0, len(finetune)):
         raise BadInput(f"--train was given {len(train)} times for {len(finetune)} finetuning runs; give it for each")
     settings = checked(

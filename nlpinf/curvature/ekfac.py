@@ -16,9 +16,8 @@ Morwani et al., 2024, for factors of whole gradients.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nlpinf import memory, processes
+from nlpinf import memory, processes, sharded
 from nlpinf import parameters as P
 from nlpinf.curvature.operators import Operator
-from nlpinf.curvature.perexample import Outer, PerExample, Rows, Use, Whole
+from nlpinf.curvature.perexample import Outer, PerExample, Rows, Use, Whole, dense
+from nlpinf.data.corpus import examples_sha256
 from nlpinf.errors import BadInput
 from nlpinf.files import save_tensors
 from nlpinf.parameters import Parameters
@@ -38,7 +38,8 @@ from nlpinf.pieces import entries
 from nlpinf.stages import Stage, fingerprint
 
 _BLOCK = 1 << 23  # entries of the examples' gradients that are held at a time
-_FORMAT = 1
+_FORMAT = 2
+_ROWS = "the positions of the examples"  # the name of their tensor in a file
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class EKFAC(Operator):
         indices = list(range(stage.size) if indices is None else indices)
         if not indices:
             raise BadInput("EK-FAC needs at least one row")
+        sharded.refused(stage.model, stage.name, "EK-FAC", "take the preconditioner 'none'")
         return memory.within(stage, lambda sized: cls._fit(sized, indices, seed, largest, basis_rows))
 
     @classmethod
@@ -109,7 +111,8 @@ class EKFAC(Operator):
             for uses in gradients(indices[::step]):
                 for name, made in uses.items():
                     pair = grams.get(f"{name}.left"), grams.get(f"{name}.right")
-                    _add_grams([_cast(u, dtype) for u in made], shapes[name][:3], *pair)
+                    for alike in _alike([_cast(u, dtype) for u in made], shapes[name][:3]):
+                        _add_grams(alike, shapes[name][:3], *pair)
         bases = _eigenvectors(processes.total(grams), dtype)
         factors = {}
         for name, (*shape, _) in shapes.items():
@@ -117,11 +120,11 @@ class EKFAC(Operator):
             factors[name] = Factor(zeros, bases.get(f"{name}.left"), bases.get(f"{name}.right"))
         for uses in gradients(indices):
             for name, made in uses.items():
-                _add_squares([_cast(u, dtype) for u in made], factors[name])
+                for alike in _alike([_cast(u, dtype) for u in made], shapes[name][:3]):
+                    _add_squares(alike, factors[name])
         sums = _finite(processes.total({n: f.eigenvalues for n, f in factors.items()}))
         factors = {n: replace(f, eigenvalues=sums[n] / len(indices)) for n, f in factors.items()}
-        rows = hashlib.sha256(json.dumps([int(stage.rows[i]) for i in indices]).encode()).hexdigest()
-        record = {"rows": len(indices), "rows_sha256": rows, "seed": seed, "largest": largest, "basis_rows": basis_rows}
+        record = {"seed": seed, "largest": largest, "basis_rows": basis_rows, "rows": indices, **_of(stage, indices)}
         return cls(stage.theta, factors, record)
 
     def product(self, vector: Parameters) -> Parameters:
@@ -163,6 +166,7 @@ class EKFAC(Operator):
             parts = {"eigenvalues": factor.eigenvalues, "left": factor.left, "right": factor.right}
             tensors |= {f"{name}.{part}": t.contiguous() for part, t in parts.items() if t is not None}
         record = {"format": _FORMAT, "weights": fingerprint(stage.parameters), **self.record}
+        tensors[_ROWS] = torch.tensor(record.pop("rows"))
         part = path.with_name(path.name + ".part")
         save_tensors(tensors, part, metadata={"nlpinf_ekfac": json.dumps(record)})
         part.replace(path)
@@ -170,7 +174,7 @@ class EKFAC(Operator):
 
     @classmethod
     def load(cls, path: str | Path, stage: Stage) -> EKFAC:
-        """Read what `save` wrote; raises `BadInput` if it is of other weights or trained parameters."""
+        """Read what `save` wrote; raises `BadInput` if it is damaged, or of other weights, examples or trained parameters."""
         path = Path(path)
         if not path.is_file():
             raise BadInput(f"{path}: no such file of EK-FAC factors")
@@ -178,29 +182,66 @@ class EKFAC(Operator):
             with safe_open(path, "pt", device=str(stage.device)) as file:
                 record = json.loads((file.metadata() or {})["nlpinf_ekfac"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                rows = tensors.pop(_ROWS).tolist() if record["format"] == _FORMAT else []
         except (SafetensorError, KeyError, ValueError) as error:
             raise BadInput(
                 f"{path}: is no file of EK-FAC factors ({' '.join(str(error).split())}); delete it"
             ) from None
-        if record.pop("format") != _FORMAT or record.pop("weights") != fingerprint(stage.parameters):
+        if record.pop("format") != _FORMAT:
+            raise BadInput(f"{path}: was written by another version; delete it")
+        if record.pop("weights") != fingerprint(stage.parameters):
             raise BadInput(f"{path}: was made with other weights than stage {stage.name!r} has; delete it")
+        if max(rows) >= stage.size or any(record[key] != value for key, value in _of(stage, rows).items()):
+            raise BadInput(
+                f"{path}: was made from other examples or another loss than stage {stage.name!r} has; delete it"
+            )
         found = {key.removesuffix(".eigenvalues") for key in tensors if key.endswith(".eigenvalues")}
         if odd := sorted(found ^ set(stage.theta)):
             raise BadInput(f"{path}: differs from what stage {stage.name!r} trained, first {odd[0]!r}; delete it")
-        factors = {
-            n: Factor(tensors[f"{n}.eigenvalues"], tensors.get(f"{n}.left"), tensors.get(f"{n}.right"))
-            for n in stage.theta
-        }
-        return cls(stage.theta, factors, record)
+        factors = {}
+        for n in stage.theta:
+            k, r, c, lone = _shape(stage, n)
+            factor = Factor(tensors[f"{n}.eigenvalues"], tensors.get(f"{n}.left"), tensors.get(f"{n}.right"))
+            sides = [None if side is None else (k, side, side) for side in _dense_sides(r, c, lone, record["largest"])]
+            there = [None if side is None else tuple(side.shape) for side in (factor.left, factor.right)]
+            if tuple(factor.eigenvalues.shape) != (k, r, c) or there != sides:
+                raise BadInput(f"{path}: the factors of {n!r} are incomplete or of another shape; delete it")
+            factors[n] = factor
+        return cls(stage.theta, factors, {**record, "rows": rows})
 
 
-def planned_bytes(stage: Stage, largest: int = 2048) -> int:
-    """Return how many bytes the factors of `stage` take, in memory and on disk, without making them."""
-    total = 0
+@dataclass(frozen=True)
+class Planned:
+    """Bytes that EK-FAC takes: the factors, in memory and in a file, and the most at a time while they are made.
+
+    The latter beside the model and one batch of its activations.
+    """
+
+    factors: int
+    peak: int
+
+
+def planned_bytes(stage: Stage, largest: int = 2048) -> Planned:
+    """Return how many bytes the factors of `stage` take, without making them."""
+    values = sides = 0
     for name, tensor in stage.theta.items():
         k, r, c, lone = _shape(stage, name)
-        total += tensor.numel() + k * sum(n * n for n in _dense_sides(r, c, lone, largest) if n is not None)
-    return total * max(4, torch.finfo(stage.dtype).bits // 8)
+        values += tensor.numel()
+        sides += k * sum(n * n for n in _dense_sides(r, c, lone, largest) if n is not None)
+    width = max(4, torch.finfo(stage.dtype).bits // 8)
+    # The Gram matrices in float64 with the eigenvectors that are made of them, or the eigenvectors with a block of gradients.
+    making = max(sides * (8 + width), (sides + values + entries(_BLOCK, next(iter(stage.theta.values())))) * width)
+    return Planned((values + sides) * width, making)
+
+
+def _of(stage: Stage, rows: Sequence[int]) -> dict[str, Any]:
+    """Return what factors are of beside the weights: the examples' digest, their task and how their losses count."""
+    told = {
+        "examples_sha256": examples_sha256([(stage.data[i], int(stage.rows[i])) for i in rows]),
+        "task": stage.task.settings(),
+        "reduction": stage.reduction,
+    }
+    return json.loads(json.dumps(told))  # type: ignore[no-any-return]
 
 
 def _dense_sides(r: int, c: int, lone: bool, largest: int) -> list[int | None]:
@@ -230,6 +271,17 @@ def _cast(use: Use, dtype: torch.dtype) -> Use:
     if isinstance(use, Rows):
         return Rows(use.ids, use.right.to(dtype))
     return Outer(use.left.to(dtype), use.right.to(dtype))
+
+
+def _alike(uses: list[Use], shape: tuple[int, int, int]) -> Iterator[list[Use]]:
+    """Yield the uses, either all `Whole` or none; where they are mixed, what they add up to, example by example."""
+    if len({isinstance(use, Whole) for use in uses}) == 1:
+        yield uses
+        return
+    k, r, c = shape
+    for b in range(len(next(u.values for u in uses if isinstance(u, Whole)))):
+        one = [replace(u, **{name: tensor[b : b + 1] for name, tensor in vars(u).items()}) for u in uses]
+        yield [Whole(dense(one, (1, k * r, c)))]
 
 
 def _eigenvectors(grams: Parameters, dtype: torch.dtype) -> Parameters:

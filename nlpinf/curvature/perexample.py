@@ -114,10 +114,18 @@ class PerExample:
     def _columns(self, batch: Batch, names: list[str], hooked: list[str], alone: bool) -> Iterator[Uses]:
         with evaluation(self.stage.model), torch.enable_grad():
             calls, leaves, outputs = self._forward(batch, names, hooked, alone)
+            if calls.odd:  # layers that take this batch otherwise than those that were looked at
+                hooked = [name for name in hooked if name not in calls.odd]
+                calls, leaves, outputs = self._forward(batch, names, hooked, alone)
             if not outputs.requires_grad or not len(outputs):
                 return
             for u in square_roots(self.stage, batch, outputs.detach(), self.seed):
-                yield calls.gradients(outputs, u, leaves)
+                if alone or not leaves:
+                    yield calls.gradients(outputs, u, leaves)
+                    continue
+                yield calls.gradients(outputs, u, {})
+                for b in range(len(batch)):
+                    yield _by_autograd(outputs, u * (batch.example == b)[:, None], leaves)
 
     def _forward(
         self, batch: Batch, names: list[str], hooked: list[str], alone: bool
@@ -161,6 +169,11 @@ class PerExample:
             if float((ours - right).norm()) <= tolerance * (float(right.norm()) + 1e-3 * largest):
                 agreed.append(name)
         return agreed
+
+
+def _by_autograd(outputs: Tensor, cotangent: Tensor, leaves: Parameters) -> Uses:
+    found = torch.autograd.grad(outputs, list(leaves.values()), cotangent, retain_graph=True, allow_unused=True)
+    return {name: [Whole(g[None])] for name, g in zip(leaves, found) if g is not None}
 
 
 def dense(uses: Sequence[Use], shape: Sequence[int]) -> Tensor:

@@ -284,7 +284,7 @@ class Curvature(Operator):
 
 
 def noise_floor(operator: Operator, vector: Parameters, rows: int = 4) -> float:
-    """Return the rounding noise of an operator's products, ‖C v − C₆₄ v‖ / ‖C₆₄ v‖ over a few rows, C₆₄ being in float64."""
+    """Return the rounding noise of an operator's products, ‖C v − C₆₄ v‖ / ‖C₆₄ v‖ over a few rows, C₆₄ being in float64; 0 where C v is."""
     shifted = operator if isinstance(operator, Shifted) else Shifted(operator)
     base = shifted.base
     assert isinstance(base, Curvature)
@@ -296,7 +296,8 @@ def noise_floor(operator: Operator, vector: Parameters, rows: int = 4) -> float:
         for s in (stage, double)
     ]
     difference = {n: t.double() - products[1][n] for n, t in products[0].items()}
-    return P.norm(difference) / P.norm(products[1])
+    size = P.norm(products[1])
+    return P.norm(difference) / size if size else 0.0
 
 
 def cross_product(stage: Stage, vector: Parameters, names: Iterable[str], indices: Sequence[int]) -> Parameters:

@@ -107,6 +107,8 @@ def differs(scores: Scores, feed: Feed) -> str | None:
 
 def _with_repeats(scores: Scores, rows: np.ndarray) -> np.ndarray:
     """Return these row numbers and those of the rows that have the same texts and were not scored, ascending."""
+    if scores.folder is None and scores.manifest["identity"].get("dedupe", False):
+        raise BadInput("scores in memory do not know the rows of equal texts; score into a folder (out=...)")
     if scores.folder is not None and (scores.folder / REPEATS).exists():
         table = pq.read_table(scores.folder / REPEATS)
         repeated = np.isin(table["first"].to_numpy(), rows)

@@ -53,7 +53,8 @@ class CG(Iterative):
     Several right-hand sides share their directions (`block.py`), `block` of them at a time, fewer for a large model: block CG
     holds about ten numbers a parameter and column.
 
-    A preconditioner that has `learn` is handed the last `memory` directions and their products after each solve.
+    A preconditioner that has `learn` is handed the last `memory` directions and their products after each solve; with one
+    several right-hand sides are solved for one after the other.
     """
 
     divergence: float = 1e6
@@ -112,7 +113,8 @@ class CG(Iterative):
     ) -> list[Solution]:
         """Return the solution for every right-hand side, by block CG where there are several."""
         block = min(self.block, _BLOCK_ENTRIES // max(1, P.size(rights[0]))) if rights else 0
-        if len(rights) < 2 or block < 2 or P.in_pieces(rights[0]):
+        learns = hasattr(self.preconditioner, "learn")  # from one solve for the next
+        if len(rights) < 2 or block < 2 or learns or P.in_pieces(rights[0]):
             return super().many(operator, rights, second, progress, starts, checkpoint)
         limits = (self.preconditioner, self.tolerance, self.max_iterations)
 

@@ -133,7 +133,8 @@ class LiSSA(Iterative):
         s.history.append(size)
         if size < s.reached:
             s.best, s.reached, s.failed = candidate, size, 0
-            s.noise = 0.5 * P.norm(P.axpy(-1.0, *means)) / (P.norm(mean) or 1.0)
+            if passes * len(parts) > 1:  # else there are no two halves
+                s.noise = 0.5 * P.norm(P.axpy(-1.0, *means)) / (P.norm(mean) or 1.0)
         else:  # divergence, or noise, of which smaller steps average more out
             s.failed += 1
             far = not size <= 2 * s.reached
@@ -161,4 +162,4 @@ class LiSSA(Iterative):
             x = P.axpy(step, residual if self.preconditioner is None else self.preconditioner(residual), x)
             half = int(2 * i >= len(order) - 1)
             sums[half], counts[half] = P.axpy(1.0, x, sums[half]), counts[half] + 1
-        return x, [P.scaled(1 / max(1, n), s) for s, n in zip(sums, counts)]
+        return x, [P.scaled(1 / n, s) if n else x for s, n in zip(sums, counts)]

@@ -9,13 +9,14 @@ from typing import Any, Protocol
 import torch
 
 from nlpinf import parameters as P
-from nlpinf.curvature.ekfac import EKFAC
+from nlpinf.curvature.ekfac import EKFAC, planned_bytes
 from nlpinf.curvature.operators import Shifted
 from nlpinf.curvature.products import Curvature
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
 from nlpinf.solvers.base import Preconditioner
 from nlpinf.solvers.block import Columns
+from nlpinf.stages import Stage
 
 
 class Preconditioning(Protocol):
@@ -47,6 +48,12 @@ class EKFACPreconditioning:
     def fit(self, operator: Shifted) -> Preconditioner:
         return self.factors(operator).inverse(operator.damping, operator.shift)
 
+    def planned(self, stage: Stage) -> str:
+        """Say in a line what memory the factors of a stage take."""
+        found = planned_bytes(stage, self.largest)
+        mib = 1 << 20
+        return f"EK-FAC takes {found.factors / mib:,.1f} MiB, {found.peak / mib:,.1f} MiB at most while it is made, beside the model and a batch"
+
     def factors(self, operator: Shifted) -> EKFAC:
         """Return the factors of the operator's curvature."""
         base = operator.base
@@ -76,7 +83,17 @@ class Nystrom:
         start = self.start and self.start.settings()
         return {"name": "nystrom", "rank": self.rank, "start": start, "seed": self.seed}
 
+    def planned(self, stage: Stage) -> str:
+        """Say in a line what memory its vectors take, and the factors that it starts from."""
+        size = sum(t.numel() * t.element_size() for t in stage.theta.values())
+        told = f"Nyström takes {2 * self.rank} vectors, {2 * self.rank * size / (1 << 20):,.1f} MiB"
+        return told if self.start is None else f"{self.start.planned(stage)}; {told}"
+
     def fit(self, operator: Shifted) -> Preconditioner:
+        if P.in_pieces(operator.template):
+            raise BadInput(
+                "the model is sharded among processes, for which there is no Nyström preconditioner; take the preconditioner 'none'"
+            )
         damping, root = operator.damping, None
         if self.start is not None:
             factors, damping = self.start.factors(operator), 0.0

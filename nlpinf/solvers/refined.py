@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nlpinf import parameters as P
+from nlpinf import sharded
 from nlpinf.curvature.operators import Operator, Shifted
 from nlpinf.curvature.products import Curvature, noise_floor
 from nlpinf.errors import BadInput
@@ -89,6 +90,8 @@ class Refined:
         """Return the solution for every right-hand side; the inner solves are of all that are not done, so block CG's directions serve all."""
         if not (isinstance(operator, Shifted) and isinstance(operator.base, Curvature)):
             raise BadInput("low precision is for the curvature of a stage; use the solver itself for other operators")
+        stage = operator.base.stage
+        sharded.refused(stage.model, stage.name, "copy in another precision", "leave the precision out")
         plain = self._inner()
         probe = next((b for b in rights if 0.0 < P.norm(b) < math.inf), None)
         if probe is None:
@@ -101,7 +104,8 @@ class Refined:
             )
         low = operator.at(self.precision)
         exact = operator @ probe
-        floor = P.norm(P.axpy(-1.0, low @ probe, exact)) / P.norm(exact)
+        size = P.norm(exact)
+        floor = P.norm(P.axpy(-1.0, low @ probe, exact)) / size if size else math.inf
         if not floor < 0.25:
             note = f"{self.precision} has noise of {floor:.1e}: not used"
             solutions = plain.many(operator, rights, second, progress, starts, checkpoint)

@@ -15,7 +15,7 @@ from typer.main import get_command
 
 from nlpinf import Scores, Stage, querystore
 from nlpinf.cli.app import app
-from tests.cli.common import copied, files, nlpinf, scored
+from tests.cli.common import copied, files, nlpinf, refused, scored
 
 COMMANDS = ["demo", "run", "query", "score", "top", "report", "check"]
 ALL = [command.name for command in app.registered_commands]
@@ -94,6 +94,12 @@ def test_settings_of_a_solve_reach_it(root: Path, tmp_path: Path) -> None:
         assert one["residual"] <= 0.3 and other["residual"] <= 1e-5 < one["residual"]
         assert one["products"] < other["products"]
         assert (one["tolerance"], other["tolerance"]) == (0.3, 1e-5)
+    told = nlpinf(*runs, "--sample", 20, "--out", tmp_path / "ekfac", "--preconditioner", "ekfac").err.splitlines()
+    assert [line.split(" MiB")[0].rsplit(" ", 1)[0] for line in told if "MiB" in line] == [
+        "finetune: EK-FAC takes",
+        "pretrain: EK-FAC takes",
+    ]
+    refused(nlpinf(*runs, "--sample", "1.5", "--out", tmp_path / "half"), "'1.5'", "a number of rows, auto or grow")
     other = ends("other", "--damping", "0.7", "--curvature", "fisher", "--seed", "5")
     assert [end["damping"] for end in other[:2]] == [0.7, 0.7]
     steps = [(step["curvature"], step["seed"], step["sample"]) for step in other[2:]]

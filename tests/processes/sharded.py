@@ -17,6 +17,7 @@ from nlpinf.curvature import Curvature, Shifted
 from nlpinf.errors import BadInput
 from nlpinf.parameters import Parameters
 from nlpinf.scoring.forward import forward_scores
+from nlpinf.solvers import Refined
 from nlpinf.stages import Chain
 from tests.processes.chain import chain
 
@@ -83,6 +84,20 @@ def main(out: Path) -> None:
             assert "second derivatives" in str(error)
         else:
             raise AssertionError("a Hessian product of a sharded model was not refused")
+        query, tiny = [Query.mean_loss(stages[-1].data)], {"damping": 1.0, "solver": CG(1e-2)}
+        for settings, told in (
+            ({"preconditioner": "nystrom"}, "no Nyström preconditioner; take the preconditioner 'none'"),
+            ({"preconditioner": "ekfac"}, "no EK-FAC; take the preconditioner 'none'"),
+            ({"solver": Refined(CG(1e-2))}, "no copy in another precision; leave the precision out"),
+        ):
+            try:
+                query_vectors(made, query, **{**tiny, **settings})
+            except BadInput as error:
+                assert told in str(error), error
+            else:
+                raise AssertionError(f"{settings} of a sharded model was not refused")
+        chosen = query_vectors(made, query, curvature="auto", **tiny).verdicts[0]
+        assert all("Gauss-Newton matrix" in end.note and "sharded" in end.note for end in chosen.values()), chosen
         torch.save(found, out.with_suffix(f".{processes.rank()}"))
 
 

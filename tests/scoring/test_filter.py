@@ -225,6 +225,15 @@ def test_equal_texts_go_together(tmp_path: Path) -> None:
     assert done.predicted_change["query 0"] == pytest.approx(change, rel=1e-12)
 
 
+def test_scores_in_memory_do_not_know_the_rows_of_equal_texts(tmp_path: Path) -> None:
+    scores = made(tmp_path / "s", deduped(feed_of(["a", "b", "a"])), np.arange(2))
+    held = Scores(scores.manifest, [lambda columns: next(scores.tables(columns))])
+    with pytest.raises(BadInput, match="score into a folder"):
+        filter_corpus(
+            held, select(held, Rule("harmful", Amount.parse("1"))), tmp_path / "o.txt", corpus=["a", "b", "a"]
+        )
+
+
 def test_refusals(scores: Scores, tmp_path: Path) -> None:
     some = select(scores, Rule("harmful", Amount.parse("3")))
     (tmp_path / "there.txt").write_text("mine")

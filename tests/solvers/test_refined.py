@@ -16,6 +16,8 @@ from nlpinf.curvature.products import noise_floor
 from nlpinf.errors import BadInput
 from nlpinf.solvers import Refined
 from nlpinf.solvers.preconditioners import EKFACPreconditioning
+from nlpinf.stages import Stage
+from nlpinf.tasks import Classification
 from tests.cases import case
 
 FAMILIES = ["bert sdpa", "gpt2 eager", "lstm tagger", "elmo"]
@@ -108,6 +110,24 @@ def test_a_low_precision_that_breaks_down_leaves_the_solve_to_full_precision(mon
     solution = Refined(CG(1e-4))(operator, right)
     assert spoiled.products > spoiled.good
     assert solution.converged and relative(solution.vector, exact.vector) < 1e-3
+
+
+def test_where_the_first_rows_count_nothing_there_is_an_answer() -> None:
+    """The noise is measured on the first rows of the sample: of rows without an item, undamped, products are zero."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [tuple(torch.randint(0, 9, (2, 5), generator=generator)) for _ in range(20)]
+    rows[:4] = [(x, torch.full_like(y, -100)) for x, y in rows[:4]]
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Tanh(), torch.nn.Linear(4, 9))
+    stage = Stage(model, Classification(), rows)
+    operator = Shifted(Curvature(stage, "ggn"))
+    right = operator @ P.random_like(stage.theta, 1)
+    assert noise_floor(operator, right) == 0.0
+    solution = Refined(CG(1e-2))(operator, right)
+    assert solution.converged and solution.residual <= 1e-2
+    empty = Shifted(Curvature(stage, "ggn", [0, 1]))
+    ended = Refined(CG(1e-2))(empty, right)
+    assert not ended.converged and P.finite(ended.vector)
 
 
 def test_a_preconditioner_serves_the_inner_solves_and_settings_tell_all() -> None:

@@ -106,6 +106,14 @@ def test_lissa_on_parts_is_stochastic_and_tells_its_noise() -> None:
     assert torch.equal(flat(again.vector), flat(solution.vector))
 
 
+@pytest.mark.parametrize("budget", range(40, 46))
+def test_the_noise_of_lissa_is_of_two_halves(budget: int) -> None:
+    """Whatever is left for the last round: on one part iterates near the end hardly differ, so their noise is small."""
+    solution = LiSSA(1e-9, budget)(Matrix(TEMPLATE, definite(3.0)), RIGHT)
+    noise = float(solution.note.removeprefix("noise ").split(",")[0])
+    assert 0 < noise < 1e-2, solution
+
+
 def test_lissa_halves_a_step_that_diverges_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nlpinf.solvers.lissa.largest_eigenvalue", lambda *_, **__: 20.0)  # five times too small
     solution = LiSSA(1e-3, 4000)(Matrix(TEMPLATE, definite(100.0)), RIGHT)
@@ -170,6 +178,14 @@ def test_past_solves_help_the_next() -> None:
     again = CG(1e-6, preconditioner=recycled)(operator, P.axpy(0.1, P.random_like(TEMPLATE, 9), RIGHT))
     assert first.converged and again.converged
     assert again.products < 0.6 * first.products
+
+
+def test_past_solves_help_the_other_queries_of_a_call() -> None:
+    operator = Shifted(Matrix(TEMPLATE, definite(1e4)), damping=0.1)
+    rights = [P.axpy(0.1, P.random_like(TEMPLATE, k), RIGHT) for k in range(3)]
+    solutions = CG(1e-6, preconditioner=LimitedMemory(memory=SIZE).fit(operator)).many(operator, rights)
+    assert all(s.converged for s in solutions)
+    assert max(s.products for s in solutions[1:]) < 0.6 * solutions[0].products
 
 
 def test_ekfac_alone_says_what_it_is_worth() -> None:
