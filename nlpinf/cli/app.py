@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -81,6 +82,9 @@ for module in (
     module.add(app)
 
 
+_PATIENCE = 5.0  # seconds
+
+
 # typer carries a click of its own or uses the installed one; either way this is the ancestor of usage errors.
 _UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
 
@@ -95,11 +99,20 @@ def main() -> None:
             sys.exit(1)
         if os.environ.get("NLPINF_DEBUG"):
             raise
-        print(f"nlpinf: {_told(error)}", file=sys.stderr)
+        print(f"nlpinf: {_whose()}{_told(error)}", file=sys.stderr)
         sys.exit(2)
     except typer.Abort:
         sys.exit(130)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _whose() -> str:
+    """Return which process of a launcher's it is, but of the first, once that one has had the time to say the same."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
+        return ""
+    time.sleep(_PATIENCE)  # where all are refused, the launcher ends this one when the first has ended
+    return f"process {rank}: "
 
 
 def _told(error: Any) -> str:
