@@ -39,7 +39,7 @@ class Checkpoints:
 
     `minutes`  between two writes of a state: what a solve that is killed loses at most; 0 writes after every step
     `restart`  forget what the folder holds
-    `say`      is told in a line of each solve that goes on from a state, or was done before
+    `say`      is told in a line of each solve that goes on from a state, or was done before, and what a preconditioner will take
     `about`    is part of what must be the same: which queries they are
     """
 
