@@ -65,7 +65,7 @@ def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
         reader: Any = tf.train.load_checkpoint(str(path))
         names = [n for n in reader.get_variable_to_shape_map() if n.startswith(SCOPE) and not _SLOTS.search(n)]
         found = {file_name(name): np.asarray(reader.get_tensor(name)) for name in names}
-    except (ValueError, RuntimeError, tf.errors.OpError) as error:
+    except (ValueError, RuntimeError, IndexError, tf.errors.OpError) as error:
         detail = " ".join(str(error).split())[:160]
         raise BadInput(f"{path}: no checkpoint of TensorFlow, or a damaged one ({detail}); give the folder or the prefix of its files") from None  # fmt: skip
     if not found:

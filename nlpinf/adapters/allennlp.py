@@ -48,7 +48,8 @@ def encoder_of(module: nn.Module) -> ElmoEncoder:
     """
     bilm = _bilm(module)
     config = ElmoConfig.from_options(bilm._token_embedder._options, f"the options of {type(module).__name__}")
-    state = {name: tensor.detach().cpu() for name, tensor in bilm.state_dict().items()}
+    # Words that the module computed ahead (`vocab_to_cache`) are no parameters.
+    state = {n: t.detach().cpu() for n, t in bilm.state_dict().items() if not n.startswith("_word_embedding.")}
     encoder = _encoder(config, state, f"the state of {type(module).__name__}")
     _compare(bilm, encoder)
     return encoder
@@ -70,7 +71,7 @@ def language_model_of(
         linear = isinstance(softmax, nn.Linear)
         source = "the softmax" if linear else str(softmax)
         weight, bias = (
-            (softmax.weight.detach().clone(), softmax.bias.detach().clone())  # type: ignore[union-attr]
+            _of_linear(softmax)  # type: ignore[arg-type]
             if linear
             else read_softmax(softmax, encoder.config.projection_dim)  # type: ignore[arg-type]
         )
@@ -239,11 +240,19 @@ def _arrays(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
                 bias.view(4, -1)[2] -= 1.0  # bilm-tf adds 1 to the forget gate as it runs
                 arrays[f"{root}/B"] = bias
             elif words[1] == "input_linearity":
-                state_part = state[f"_elmo_lstm.{words[0]}.state_linearity.weight"]
+                state_part = state.get(f"_elmo_lstm.{words[0]}.state_linearity.weight")
+                if state_part is None:
+                    continue  # the array is missing then, which is told by its name
                 arrays[f"{root}/W_0"] = torch.cat([_reordered(tensor), _reordered(state_part)], 1).T
         else:
             arrays[name] = tensor
     return {name: tensor.contiguous().numpy() for name, tensor in arrays.items()}
+
+
+def _of_linear(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Return a layer's weight and bias, zeros where it has none."""
+    weight = layer.weight.detach().clone()
+    return weight, weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone()
 
 
 def _reordered(gates: Tensor) -> Tensor:

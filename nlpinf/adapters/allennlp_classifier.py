@@ -249,6 +249,14 @@ def check_recipe(recipe: Any, source: str) -> None:
             f"{source}: the model type {kind!r} is not supported; supported is basic_classifier with an "
             f"elmo_token_embedder, a seq2vec_encoder of {', '.join(SEQ2VEC)} and a seq2seq_encoder of none, {', '.join(SEQ2SEQ)}"
         )
+    for name in ("text_field_embedder", "seq2seq_encoder", "seq2vec_encoder", "feedforward"):
+        if not isinstance(recipe.get(name) or {}, dict):
+            raise BadInput(f"{source}: {name} is {recipe[name]!r}; expected an object with its settings")
+    if recipe.get("regularizer"):
+        raise BadInput(
+            f"{source}: the regularizer is part of what this model minimised, and is not supported; train without it, with "
+            "the optimizer's weight_decay if need be"
+        )
     embedder = embedder_of(recipe, source)
     if embedder.get("do_layer_norm"):
         raise BadInput(

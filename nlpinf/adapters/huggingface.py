@@ -93,13 +93,14 @@ def save_run(stage: Stage, folder: str | Path, **record: Any) -> Path:
         raise BadInput(
             f"{folder}: the model of stage {stage.name!r}, {type(stage.model).__name__}, has no save_pretrained, so no run folder can be made of it; score it in memory (nlpinf.query_vectors, nlpinf.score), or save it as a Hugging Face model"
         )
+    data = {"rows": stage.size, "sha256": examples_sha256(stage.data)}
+    items = stage.items  # which reads all examples, and so refuses what cannot be read before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     with quiet_loading():
         save(folder)
     for weights in folder.glob("*.safetensors"):  # which safetensors gives to their owner alone
         weights.chmod((folder / "config.json").stat().st_mode)
     opener.save_words(stage.task, folder)
-    data = {"rows": stage.size, "sha256": examples_sha256(stage.data)}
     content = {
         "format": FORMAT,
         "name": stage.name,
@@ -108,7 +109,7 @@ def save_run(stage: Stage, folder: str | Path, **record: Any) -> Path:
         "weight_decay": stage.decay,
         "trained": list(stage.trained or ()),
         "tied": tied_groups(stage.model),
-        "items": stage.items,
+        "items": items,
         "weights": weight_files(folder),
         "versions": versions(),
         **record,

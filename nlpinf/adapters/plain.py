@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nlpinf.adapters.arguments import read_arguments
+from nlpinf.adapters.elmo import ElmoFiles
 from nlpinf.adapters.folders import FORMAT, RECORD, read_json
 from nlpinf.adapters.names import CONFIG, task_of_class
 from nlpinf.adapters.peft import adapter_task
@@ -161,4 +162,9 @@ def _state(folder: Path) -> dict[str, Any]:
 
 def absent(folder: Path) -> BadInput:
     """Return the error of a folder without a record whose files are no model's either."""
+    if ElmoFiles.there(folder):
+        return BadInput(
+            f"{folder}: holds ELMo's files, which are no pretraining run yet; make one of them with "
+            f"`nlpinf fit-head --encoder {folder} --corpus CORPUS --out RUN`"
+        )
     return BadInput(f"{folder}: has neither {RECORD} nor a Hugging Face config.json; it is no run folder")

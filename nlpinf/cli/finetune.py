@@ -62,13 +62,15 @@ def finetune(
     units: int = typer.Option(64, help="Units of the hidden layer, or of each direction of the BiLSTM.", min=1),
     pooling: PoolingName = typer.Option(PoolingName.mean, help="Over the tokens."),
     layers: LayersName = typer.Option(LayersName.last, help="The last layer, or a trained mix of all."),
-    max_length: int | None = typer.Option(None, help="Words or tokens of a text at most; default: as the pretraining."),
+    max_length: int | None = typer.Option(
+        None, help="Words or tokens of a text at most; default: as the pretraining.", min=1
+    ),
     epochs: int = typer.Option(3, help="Passes over the texts.", min=1),
     batch_size: int = typer.Option(32, help="Texts in an optimizer step.", min=1),
     learning_rate: float = typer.Option(1e-3, help="The highest learning rate, at the end of the warmup."),
     warmup: float = typer.Option(0.1, help="Share of the steps in which the learning rate rises."),
     weight_decay: float = typer.Option(1e-3, help="λ of the objective's λ/2 ‖θ‖², over what is trained."),
-    seed: int = typer.Option(0, help="Seed of the head and the order."),
+    seed: int = typer.Option(0, help="Seed of the head and the order.", min=0, max=2**32 - 1),
     json_: bool = typer.Option(False, "--json", help="Print what was measured as JSON."),
 ) -> None:
     """Finetune a classifier on a pretrained encoder.

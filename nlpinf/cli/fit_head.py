@@ -40,7 +40,7 @@ def fit_head(
     learning_rate: float = typer.Option(1e-3, help="The highest learning rate, at the end of the warmup."),
     warmup: float = typer.Option(0.1, help="Share of the steps in which the learning rate rises."),
     weight_decay: float = typer.Option(1e-6, help="λ of the objective's λ/2 ‖θ‖²."),
-    seed: int = typer.Option(0, help="Seed of the head, the order and the negatives."),
+    seed: int = typer.Option(0, help="Seed of the head, the order and the negatives.", min=0, max=2**32 - 1),
     json_: bool = typer.Option(False, "--json", help="Print what was measured as JSON."),
 ) -> None:
     """Fit the missing pretraining head of an encoder on a corpus, the encoder as it is. A softmax that is there is kept.

@@ -65,7 +65,7 @@ def pretrain(
     learning_rate: float = typer.Option(1e-3, help="The highest learning rate, at the end of the warmup."),
     warmup: float = typer.Option(0.1, help="Share of the steps in which the learning rate rises."),
     weight_decay: float = typer.Option(1e-6, help="λ of the objective's λ/2 ‖θ‖²."),
-    seed: int = typer.Option(0, help="Seed of weights, order, masks and negatives."),
+    seed: int = typer.Option(0, help="Seed of weights, order, masks and negatives.", min=0, max=2**32 - 1),
     json_: bool = typer.Option(False, "--json", help="Print what was measured as JSON."),
 ) -> None:
     """Pretrain a language model on a corpus, by the Hugging Face Trainer.

@@ -174,6 +174,8 @@ def words_for(settings: PretrainSettings, corpus: Sequence[str], given: Path | N
     kind = KINDS[settings.task]
     if given is None and isinstance(settings.model, str):
         given = resolve(settings.model)
+        if not given.is_dir():
+            raise BadInput(f"{given}: is no folder; give the folder of a pretrained model")
     words = None if given is None else kind.open_words(given)
     return kind.words(settings, corpus) if words is None else words
 
@@ -298,7 +300,13 @@ def perplexity(stage: Stage, texts: Sequence[str]) -> float:
     if isinstance(task, BidirectionalLM) and task.negatives:
         options = {k: v for k, v in task.settings().items() if k != "name"}
         task = BidirectionalLM(task.vocabulary, **{**options, "negatives": 0})
-    return math.exp(Stage(stage.model, task, texts, trained=stage.trained, reduction="token").objective())
+    loss = Stage(stage.model, task, texts, trained=stage.trained, reduction="token").objective()
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        raise BadInput(
+            f"stage {stage.name!r}: the mean loss of a token is {loss:.3g}: training diverged; lower the learning rate"
+        ) from None
 
 
 def _bar(progress: Progress | None, label: str) -> Callable[[int, int, float], None] | None:

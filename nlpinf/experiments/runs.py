@@ -106,16 +106,20 @@ def pretrain(
         record["training"], loss = fitted.training, fitted.loss
         if settings.train == "head":
             record |= fitted_head(stage)
+    elif folder is not None and (folder / RECORD).exists():  # the head that it brings may have been fitted alone
+        theirs = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record |= {key: theirs[key] for key in ("head", "notes") if key in theirs}
     if folder is not None:
         record["encoder"] = {"run": Path(os.path.relpath(folder, out)).as_posix(), "weights": _weights(folder)}
     data = {"path": shipped.absolute(settings.corpus), "reading": _reading(settings)}
+    measured = perplexity(stage, corpus[: min(1000, len(corpus))])
     save_run(stage, out, data=data, **record)
     return {
         "out": str(out),
         "rows": stage.size,
         "parameters": P.size(stage.parameters),
         "loss": loss,
-        "perplexity": perplexity(stage, corpus[: min(1000, len(corpus))]),
+        "perplexity": measured,
         "head_fitted": "head" in record,
     }
 

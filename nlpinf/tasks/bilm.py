@@ -60,16 +60,25 @@ class Spelling:
         kept = words[: self.max_length]
         try:
             for word in kept:
-                word_bytes(word)  # what cannot be spelt is refused with its text, before anything is trained or scored
+                spelt = word_bytes(word)  # what cannot be spelt is refused with its text, before anything is trained
+                if self.long == "error" and len(spelt) > self.max_characters - 2:
+                    raise BadInput(
+                        f"a word has {len(spelt)} bytes, more than {self.max_characters - 2}; leave it out, or use long='truncate'"
+                    )
         except BadInput as error:
             raise BadInput(f"the text {_shown(text)}: {error}") from None
         return kept
 
     def marked(self, examples: Sequence[Any]) -> tuple[list[list[str]], np.ndarray]:
-        """Return the words of every example, and which examples had more words than are kept, (n,) bool."""
+        """Return the words of every example, and which examples lost words or the ends of words, (n,) bool."""
         texts = [example["text"] if isinstance(example, dict) else example for example in examples]
-        cut = np.array([len(_words(text)) > self.max_length for text in texts], bool)
-        return [self.words(text) for text in texts], cut
+        kept = [self.words(text) for text in texts]
+        cut = [len(_words(text)) > self.max_length or self._cuts(words) for text, words in zip(texts, kept)]
+        return kept, np.array(cut, bool)
+
+    def _cuts(self, words: Sequence[str]) -> bool:
+        """Say whether a word has more bytes than there are places for."""
+        return any(4 * len(w) > self.max_characters - 2 < len(w.encode()) for w in words)
 
     def inputs(self, sentences: Sequence[Sequence[str]]) -> dict[str, Tensor]:
         """Return what the encoder takes: `index` and `lengths` by sentence, and the `distinct` words of all of them."""

@@ -47,6 +47,7 @@ def test_logits_are_allennlps(name: str, batch_size: int) -> None:
     assert list(archive.labels) == expected["labels"]
     got = logits_of(archive.stage(ROWS, batch_size=batch_size))
     torch.testing.assert_close(got, torch.tensor(expected["logits"]), rtol=0, atol=2e-6)
+    assert float((got - got[0]).abs().amax(1)[1:].min()) > 1e-2  # or nothing would have been compared
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,6 +148,8 @@ WEIGHT = "_classification_layer.weight"
         ({"config": lambda m: m["seq2seq_encoder"].update(type="x")}, "supported are pass_through, lstm"),
         ({"config": lambda m: m["feedforward"].update(activations="prelu")}, "'prelu' is not supported; .*relu, tanh"),
         ({"config": lambda m: embedder(m).update(type="embedding")}, "token embedders are embedding; supported is one"),
+        ({"config": lambda m: m.update(regularizer={"regexes": []})}, "the regularizer is part of what this model minimised"),
+        ({"config": lambda m: m.update(seq2vec_encoder="cnn")}, "seq2vec_encoder is 'cnn'; expected an object"),
         ({"config": lambda m: embedder(m).update(do_layer_norm=True)}, "do_layer_norm normalises over the whole batch"),
         ({"config": lambda m: m["seq2vec_encoder"].pop("num_filters")}, "field 'num_filters' is missing"),
         ({"config": lambda m: m.update(num_labels=2)}, "has 3 labels, the model 2"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -178,8 +180,21 @@ def test_options_that_do_not_fit(tmp_path: Path) -> None:
         read("char_cnn", "n_characters", 60)
     with pytest.raises(NlpinfError, match=r"options.json: .*activation is 'gelu'"):
         read("char_cnn", "activation", "gelu")
+    for section, field, value, told in (
+        ("lstm", "dim", "many", "lstm_dim is 'many'"),
+        ("lstm", "dim", math.inf, "lstm_dim is inf"),
+        ("lstm", "dim", 8.5, "lstm_dim is 8.5"),
+        ("lstm", "n_layers", True, "layers is True"),
+        ("lstm", "cell_clip", -3, "cell_clip is -3.0, expected a number above 0"),
+        ("lstm", "proj_clip", math.nan, "projection_clip is nan"),
+        ("char_cnn", "n_highway", -1, "highways is -1"),
+        ("char_cnn", "max_characters_per_token", 2, "max_characters is 2, expected a whole number of at least 3"),
+    ):
+        with pytest.raises(NlpinfError, match=re.escape(told)) as error:
+            read(section, field, value)
+        assert str(error.value).startswith(str(options))
     with pytest.raises(NlpinfError, match=r"options.json: a field has the wrong type"):
-        read("lstm", "dim", "many")
+        read("char_cnn", "filters", 3)
     with pytest.raises(NlpinfError, match=r"columns, expected 5"):
         elmo.read_softmax(softmax, 5)
     options.write_text(json.dumps({"lstm": content["lstm"]}))
@@ -192,6 +207,30 @@ def test_options_that_do_not_fit(tmp_path: Path) -> None:
     options.write_text("{")
     with pytest.raises(NlpinfError, match="not JSON"):
         elmo.read_encoder(options, weights)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_a_softmax_of_another_dtype_is_read_as_float32(tmp_path: Path, dtype: type) -> None:
+    options, weights, softmax = written(tmp_path)
+    expected = elmo.read_language_model(options, weights, softmax).head.weight
+    with h5py.File(softmax) as file:
+        arrays = {name: file[name][...].astype(dtype) for name in ("softmax/W", "softmax/b")}
+    for name, array in arrays.items():
+        change(softmax, name, array)
+    model = elmo.read_language_model(options, weights, softmax)
+    assert model.head.weight.dtype == torch.float32 == model.head.bias.dtype
+    torch.testing.assert_close(model.head.weight, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_softmax_that_cannot_be(tmp_path: Path) -> None:
+    _, _, softmax = written(tmp_path)
+    change(softmax, "softmax/b", np.full(7, np.nan, np.float32))
+    with pytest.raises(NlpinfError, match=r"softmax.hdf5: softmax/b holds NaN"):
+        elmo.read_softmax(softmax)
+    change(softmax, "softmax/b", np.zeros(0, np.float32))
+    change(softmax, "softmax/W", np.zeros((0, 4), np.float32))
+    with pytest.raises(NlpinfError, match=r"softmax.hdf5: softmax/W has no row"):
+        elmo.read_softmax(softmax)
 
 
 def test_damaged_files(tmp_path: Path) -> None:

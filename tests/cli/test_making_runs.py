@@ -191,7 +191,63 @@ def test_files_with_their_softmax_become_a_run_as_they_are(tmp_path: Path) -> No
     assert "head" not in stage.record and stage.task.vocabulary.words[:3] == ["<S>", "</S>", "<UNK>"]  # type: ignore[attr-defined]
 
 
+def test_a_head_that_was_fitted_stays_one_in_the_runs_that_come_of_it(tmp_path: Path) -> None:
+    elmo_files(tmp_path / "elmo")
+    data = write_data(tmp_path / "data")
+    common = ("--corpus", data / "corpus.txt", "--epochs", 1)
+    assert nlpinf("fit-head", "--encoder", tmp_path / "elmo", *common, "--out", tmp_path / "p").status == 0
+    assert nlpinf("fit-head", "--encoder", tmp_path / "p", *common, "--out", tmp_path / "again").status == 0
+    first, again = (Stage.from_run(tmp_path / name).record for name in ("p", "again"))
+    assert first["head"]["fitted"] and again["head"] == first["head"] and again["notes"] == first["notes"]
+
+
+def test_bilm_files_in_a_run_of_their_own_leave_it_a_run(tmp_path: Path) -> None:
+    elmo_files(tmp_path / "elmo", softmax=True)
+    data, run = write_data(tmp_path / "data"), tmp_path / "p"
+    assert nlpinf("fit-head", "--encoder", tmp_path / "elmo", "--corpus", data / "corpus.txt", "--out", run).status == 0
+    model: Any = Stage.from_run(run).model
+    elmo.write_encoder(model.encoder, run)
+    elmo.write_softmax(model.head, run / "softmax.hdf5")
+    rows = data / "rows.jsonl"
+    assert nlpinf("finetune", "--pretrain", run, "--data", rows, "--out", tmp_path / "f", "--frozen").status == 0
+    query = ("query", "--pretrain", run, "--finetune", tmp_path / "f", "--test", rows, "--damping", 0.1)
+    assert nlpinf(*query, "--out", tmp_path / "q").status == 0
+
+
+def test_texts_beside_the_files_are_no_vocabulary(tmp_path: Path) -> None:
+    elmo_files(tmp_path / "elmo", softmax=True)
+    (tmp_path / "elmo" / "requirements.txt").write_text("allennlp\n")
+    data = write_data(tmp_path / "data")
+    arguments = ("--encoder", tmp_path / "elmo", "--corpus", data / "corpus.txt", "--out", tmp_path / "p")
+    assert nlpinf("fit-head", *arguments).status == 0
+
+
 # --- what is refused ---
+
+
+def test_files_without_a_run_are_told_how_to_become_one(tmp_path: Path) -> None:
+    elmo_files(tmp_path / "elmo")
+    rows = write_data(tmp_path / "data") / "rows.jsonl"
+    done = nlpinf("finetune", "--pretrain", tmp_path / "elmo", "--data", rows, "--out", tmp_path / "f", "--frozen")
+    assert done.status == 0, done
+    query = ("query", "--pretrain", tmp_path / "elmo", "--finetune", tmp_path / "f", "--test", rows)
+    refused(nlpinf(*query, "--out", tmp_path / "q"), "nlpinf fit-head --encoder", "elmo")
+
+
+def test_what_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+    """A training that diverges, words that cannot be spelt where nothing is trained, a folder that is not there."""
+    elmo_files(tmp_path / "elmo", softmax=True)
+    data = write_data(tmp_path / "data")
+    (tmp_path / "bell.txt").write_text("a plot\nb \x07 c\n")
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    before = files(tmp_path)
+    out = ("--out", tmp_path / "p")
+    wild = ("--epochs", 2, "--learning-rate", 1000, "--batch-size", 4, "--config", tmp_path / "config.json")
+    diverged = nlpinf("pretrain", "--task", "bilm", *wild, "--corpus", data / "corpus.txt", *out)
+    assert diverged.status == 2 and "lower the learning rate" in diverged.err.splitlines()[-1], diverged
+    refused(nlpinf("fit-head", "--encoder", tmp_path / "elmo", "--corpus", tmp_path / "bell.txt", *out), "U+0007")
+    refused(nlpinf("fit-head", "--encoder", tmp_path / "no", "--corpus", data / "corpus.txt", *out), "is no folder")
+    assert files(tmp_path) == before and not (tmp_path / "p").exists()
 
 
 def no_softmax_words(folder: Path) -> list[str]:
@@ -336,6 +392,9 @@ def test_long_sentences_and_words_change_nothing_for_their_neighbours(
     refusing = build_task({**stage.task.settings(), "long": "error"}, stage.task.vocabulary)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="2000 words, more than 64"):
         refusing.encode([long[2]])
+    with pytest.raises(ValueError, match="40000 bytes, more than 48"):
+        refusing.encode([long[4]])
+    assert stage.task.encode_marked(long)[1].tolist() == [i in (2, 4) for i in range(8)]
 
 
 def test_dropout_of_the_config_leaves_losses_alone(made: Callable[[str], Path], tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "cnn": {
         "embedder": {"projection_dim": 5},
         "seq2seq_encoder": {**LSTM, "input_size": 5, "bidirectional": True},
-        "seq2vec_encoder": {"type": "cnn", "embedding_dim": 6, "num_filters": 2, "ngram_filter_sizes": [1, 3], "output_dim": 4},
-        "feedforward": {"input_dim": 4, "num_layers": 2, "hidden_dims": [5, 3], "activations": ["relu", "tanh"], "dropout": 0.1},
+        "seq2vec_encoder": {"type": "cnn", "embedding_dim": 6, "num_filters": 8, "ngram_filter_sizes": [1, 3], "output_dim": 4},
+        "feedforward": {"input_dim": 4, "num_layers": 2, "hidden_dims": [5, 3], "activations": ["tanh", "tanh"], "dropout": 0.1},
     },
     "lstm": {"seq2vec_encoder": {**LSTM, "num_layers": 2, "bidirectional": True}},
     "first": {

@@ -57,6 +57,15 @@ def sentences() -> list[list[str]]:
     return [sentence.split() for words in lists for sentence in words]
 
 
+def test_words_that_a_module_computed_ahead_change_nothing() -> None:
+    options, weights = fixture("allennlp")
+    plain, ahead = (
+        Elmo(options, weights, 1, dropout=0.0, **more) for more in ({}, {"vocab_to_cache": ["a", "film", "<S>"]})
+    )
+    one, other = (allennlp.encoder_of(module).state_dict() for module in (plain, ahead))
+    assert all(torch.equal(t, other[n]) for n, t in one.items())
+
+
 def test_every_layer_of_the_fixture(sentences: list[list[str]]) -> None:
     options, weights = fixture("allennlp")
     close(theirs(_ElmoBiLm(str(options), str(weights)), sentences), ours(elmo.read_encoder(options, weights), sentences), 1e-5)  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,23 @@ class ElmoConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        self.filters = tuple((int(width), int(count)) for width, count in self.filters)
-        for name in ("character_dim", "max_characters", "lstm_dim", "projection_dim", "layers"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"ELMo configuration: {name} is {getattr(self, name)}, expected a positive integer")
+        self.filters = tuple((_whole("a filter", width), _whole("a filter", count)) for width, count in self.filters)
+        least = {
+            "character_dim": 1,
+            "max_characters": 3,
+            "lstm_dim": 1,
+            "projection_dim": 1,
+            "layers": 1,
+            "highways": 0,
+        }
+        for name, smallest in least.items():
+            setattr(self, name, _whole(name, getattr(self, name), smallest))
+        for name in ("cell_clip", "projection_clip"):
+            clip = getattr(self, name)
+            if clip is not None and not 0 < clip < math.inf:
+                raise BadInput(
+                    f"ELMo configuration: {name} is {clip}, expected a number above 0, or none to clip nothing"
+                )
         if not self.filters or min(min(pair) for pair in self.filters) < 1:
             raise BadInput("ELMo configuration: filters must be pairs of positive integers (width, count)")
         if max(width for width, _ in self.filters) > self.max_characters:
@@ -114,14 +128,14 @@ class ElmoConfig:
             raise BadInput(f"{source}: char_cnn.n_characters is {cnn.get('n_characters')!r}, expected 261 or 262")
         try:
             return cls(
-                character_dim=int(cnn["embedding"]["dim"]),
-                filters=tuple((int(width), int(count)) for width, count in cnn["filters"]),
-                highways=int(cnn.get("n_highway") or 0),
+                character_dim=cnn["embedding"]["dim"],
+                filters=tuple((width, count) for width, count in cnn["filters"]),
+                highways=cnn.get("n_highway") or 0,
                 activation=cnn["activation"],
-                max_characters=int(cnn["max_characters_per_token"]),
-                lstm_dim=int(lstm["dim"]),
-                projection_dim=int(lstm["projection_dim"]),
-                layers=int(lstm.get("n_layers", 1)),
+                max_characters=cnn["max_characters_per_token"],
+                lstm_dim=lstm["dim"],
+                projection_dim=lstm["projection_dim"],
+                layers=lstm.get("n_layers", 1),
                 skip_connections=bool(lstm.get("use_skip_connections")),
                 cell_clip=_number(lstm.get("cell_clip")),
                 projection_clip=_number(lstm.get("proj_clip")),
@@ -180,3 +194,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 def _number(value: Any) -> float | None:
     # bilm-tf takes a clip of 0, false or null as "no clipping".
     return float(value) if value else None
+
+
+def _whole(name: str, value: Any, least: int = 1) -> int:
+    """Return a size as an int, from 3 or 3.0; `BadInput` for what is none."""
+    number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    if not (math.isfinite(number) and number == int(number) and number >= least):
+        raise BadInput(f"ELMo configuration: {name} is {value!r}, expected a whole number of at least {least}")
+    return int(number)

@@ -66,7 +66,7 @@ def read_language_model(
 
 
 def read_softmax(path: str | Path, projection_dim: int | None = None) -> tuple[Tensor, Tensor]:
-    """(weight (V, projection), bias (V,)) of a softmax file."""
+    """(weight (V, projection), bias (V,)) of a softmax file, float32."""
     arrays = read_arrays(path)
     for name in (SOFTMAX_WEIGHT, SOFTMAX_BIAS):
         if name not in arrays:
@@ -81,7 +81,12 @@ def read_softmax(path: str | Path, projection_dim: int | None = None) -> tuple[T
             f"{path}: {SOFTMAX_WEIGHT} has {weight.shape[1]} columns, expected {projection_dim} (lstm.projection_dim); "
             "use the softmax of the same model"
         )
-    return torch.from_numpy(weight), torch.from_numpy(bias)
+    if not len(bias):
+        raise BadInput(f"{path}: {SOFTMAX_WEIGHT} has no row; expected one for each word")
+    for name, array in ((SOFTMAX_WEIGHT, weight), (SOFTMAX_BIAS, bias)):
+        if not np.isfinite(array).all():
+            raise BadInput(f"{path}: {name} holds NaN or infinity; copy or train the softmax again")
+    return torch.from_numpy(weight.astype(np.float32)), torch.from_numpy(bias.astype(np.float32))
 
 
 def write_encoder(encoder: ElmoEncoder, folder: str | Path) -> tuple[Path, Path]:

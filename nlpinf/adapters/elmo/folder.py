@@ -12,7 +12,9 @@ from torch import nn
 from nlpinf.adapters.elmo.files import SOFTMAX_WEIGHT, array_names, read_encoder, read_softmax
 from nlpinf.adapters.elmo.language_model import ElmoLM
 from nlpinf.adapters.elmo.network import ElmoEncoder
-from nlpinf.data.vocabulary import Vocabulary
+from nlpinf.adapters.folders import RECORD
+from nlpinf.data.characters import BEGIN, END
+from nlpinf.data.vocabulary import UNKNOWN, Vocabulary
 from nlpinf.errors import BadInput
 
 OPTIONS = "options.json"
@@ -40,9 +42,9 @@ class ElmoFiles:
 
     @classmethod
     def there(cls, folder: str | Path) -> bool:
-        """Say whether a folder holds such files."""
+        """Say whether a folder holds such files, and is no run of its own into which they were written."""
         folder = Path(folder)
-        return folder.is_dir() and _options(folder) is not None
+        return folder.is_dir() and not (folder / RECORD).exists() and _options(folder) is not None
 
     @classmethod
     def find(cls, folder: str | Path) -> ElmoFiles:
@@ -58,7 +60,7 @@ class ElmoFiles:
             raise BadInput(
                 f"{folder}: no .hdf5 file in it has the array char_embed; give the weights of the encoder too"
             )
-        texts = sorted(folder.glob("*.txt"))
+        texts = sorted(path for path in folder.glob("*.txt") if _is_vocabulary(path))
         for kind, found in (("weights", weights), ("softmax", softmaxes), ("vocabulary", texts)):
             if len(found) > 1:
                 names = " and ".join(path.name for path in found[:2])
@@ -94,4 +96,14 @@ def _options(folder: Path) -> Path | None:
     if (folder / OPTIONS).is_file():
         return folder / OPTIONS
     named = sorted(folder.glob("*options*.json"))  # the released files carry the model's name in front
-    return named[0] if len(named) == 1 else None
+    if len(named) > 1:
+        raise BadInput(
+            f"{folder}: {named[0].name} and {named[1].name} are both options; leave one of them in the folder"
+        )
+    return named[0] if named else None
+
+
+def _is_vocabulary(path: Path) -> bool:
+    """Say whether a text file has one of a vocabulary's marks on a line, as a README beside it has not."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return any(line.strip() in (BEGIN, END, UNKNOWN) for line in file)
