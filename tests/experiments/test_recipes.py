@@ -233,6 +233,6 @@ def test_a_sample_that_grows_by_recipe(root: Path, tmp_path: Path) -> None:
     assert ended.status == 0, ended
     settings = Scores.open(out / "scores").manifest["query_vectors"]
     assert [size["rows"] for size in settings["growth"]["sizes"]] == [50] and settings["growth"]["limit"] == 50
-    assert "sample of 50 rows" in ended.out and "reached its limit" in ended.out
+    assert "sample of 50 rows" in ended.out and "began at its limit" in ended.out
     step = settings["steps"][0]
     assert step["solver"]["precision"] == "bfloat16" and step["sample"] == 50
