@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import activations
 
@@ -44,6 +44,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         for module, _ in modes:
             if type(module) in _FUSED:
                 stack.enter_context(replaced(module, _FUSED[type(module)]))
+            if type(module) is nn.Embedding and module.padding_idx is not None and module.max_norm is None:
+                stack.enter_context(replaced(module, partial(_looked_up, module)))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if recurrent:
             with warnings.catch_warnings():  # PyTorch's setter speaks of GPUs that a CPU-only build does not support
@@ -67,6 +69,12 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             for config, implementation in experts:
                 config._experts_implementation_internal = implementation
             torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _looked_up(module: nn.Embedding, ids: Tensor) -> Tensor:
+    """Return the vectors of an embedding whose `padding_idx` has no derivative forward either, as it has none backward."""
+    rows = F.embedding(ids, module.weight)
+    return torch.where(ids.eq(module.padding_idx or 0)[..., None], rows.detach(), rows)
 
 
 @contextmanager

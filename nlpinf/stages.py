@@ -171,7 +171,13 @@ class Stage:
         elif changed:
             raise BadInput(f"stage {self.name!r}: its model is sharded among processes, which cannot be done with it")
         if self.precision is None:
-            return self.task.outputs(model, batch)
+            try:
+                return self.task.outputs(model, batch)
+            except IndexError as error:
+                raise BadInput(
+                    f"stage {self.name!r}: its model has no place or no word for a token of its rows ({error}); give the task "
+                    "a max_length within the model's positions, and the tokenizer that the model was trained with"
+                ) from error
         # Without autocast's cache: it holds what it cast by the tensor, and a dual tensor's tangent would be lost.
         with torch.autocast(self.device.type, getattr(torch, self.precision), cache_enabled=False):
             outputs = self.task.outputs(model, batch)

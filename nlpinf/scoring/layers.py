@@ -144,6 +144,8 @@ def embedding(
     """Rule of `nn.Embedding`."""
     delta = _three(delta)
     ids = inputs[0].expand(delta.shape[0], *inputs[0].shape[1:]).reshape(delta.shape[0], -1)
+    if module.padding_idx is not None:  # whose vector gets no gradient, wherever it stands
+        delta = delta * (ids != module.padding_idx)[..., None]
     if isinstance(vectors["weight"], Matrices):
         return {"weight": vectors["weight"].chosen(ids, delta, groups)}
     columns = [torch.linalg.vecdot(delta, F.embedding(ids, v)).sum(1) for v in vectors["weight"]]

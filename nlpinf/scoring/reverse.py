@@ -58,8 +58,11 @@ class ReverseScorer:
         self.covered = [name for name in self.stacked if name in known]
         self.probes = list(_probes(stage))
         self.head = linear_head(stage, self.probes[0])
+        self._met: set[str] | None = None  # parameters of the layers that a probe called, once all are through
+        met: set[str] = set()
         for batch in self.probes:
-            self._probe(batch)
+            met |= self._probe(batch)
+        self._met = met
 
     @property
     def uncovered(self) -> list[str]:
@@ -100,12 +103,15 @@ class ReverseScorer:
         while True:
             try:
                 chosen = {n: vectors[n] for n in self.covered if n in vectors}
-                return reverse_pass(stage or self.stage, self.calls, chosen, batch, self.head)
-            except _Uncovered as found:
-                self.covered = [n for n in self.covered if n not in found.names]
+                losses, found = reverse_pass(stage or self.stage, self.calls, chosen, batch, self.head)
+                if self._met is not None and (new := found.keys() - self._met):
+                    raise _Uncovered(set(new))  # a layer for rare tokens: nothing has been compared
+                return losses, found
+            except _Uncovered as reason:
+                self.covered = [n for n in self.covered if n not in reason.names]
 
-    def _probe(self, batch: Batch) -> None:
-        """Take out of `covered` what disagrees with autograd on `batch`."""
+    def _probe(self, batch: Batch) -> set[str]:
+        """Take out of `covered` what disagrees with autograd on `batch`; return the parameters whose layers were called."""
         stage = self.stage.at(None)  # coverage does not hang on the precision, and low precision would blur it
         truth, sizes, directions = _by_autograd(stage, list(self.stacked), batch)
         _, shares = self.shares(batch, directions, stage)
@@ -118,6 +124,23 @@ class ReverseScorer:
             if bool(((share - truth[name]).abs() <= tolerance * (sizes[name] + 1e-3 * largest)).all()):
                 agreed.append(name)
         self.covered = agreed
+        return set(shares)
+
+
+def agrees(stage: Stage) -> bool:
+    """Say whether forward mode finds what autograd finds for an example of a stage, to a share of the gradients' size.
+
+    The share is generous: it tells apart a model of which a part has one derivative and not the other, not rounding.
+    """
+    stage = stage.at(None)
+    batch = next(iter(_probes(stage)))
+    names = list(stage.theta)
+    truth, sizes, directions = _by_autograd(stage, names, batch)
+    found = forward_scores(stage, [{n: r[0] for n, r in directions.items()}], batch).scores[:, 0]
+    gap = (found - sum(truth.values())).abs()
+    size = torch.stack(list(sizes.values())).square().sum(0).sqrt()
+    small = gap <= (0.3 if stage.dtype.itemsize < 4 else 0.02) * size
+    return bool((small | ~gap.isfinite()).all())  # what is not finite is told with its row
 
 
 def reverse_scores(stage: Stage, vectors: list[Parameters], batch: Batch) -> BatchScores:

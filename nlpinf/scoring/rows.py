@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nlpinf import sharded
 from nlpinf.errors import BadInput
 from nlpinf.influence import QueryVectors
 from nlpinf.memory import OutOfMemory
+from nlpinf.parameters import Parameters
 from nlpinf.scoring.compiled import CannotCompile, CompiledScorer
 from nlpinf.scoring.compress import Compression
 from nlpinf.scoring.forward import BatchScores, ForwardScorer
-from nlpinf.scoring.reverse import ReverseScorer
+from nlpinf.scoring.reverse import ReverseScorer, agrees
 from nlpinf.stages import Precision, length_batches
 from nlpinf.tasks import Batch, MaskedLM
 
@@ -88,9 +90,12 @@ class RowScorer:
         self.compression = compression
         wanted = mode == "reverse" or compiled or not self.forward_pays
         if compression is not None or (wanted and mode != "forward" and not token_scores):
-            self._reverse(ReverseScorer(self.stage, trees), mode, compiled)
+            if (reverse := self._made(trees, mode)) is not None:
+                self._reverse(reverse, mode, compiled)
         elif compiled:
             self.note = "not compiled: token scores and mode 'forward' are not"
+        if self.mode == "forward" and not sharded.is_sharded(self.stage.model):
+            self._tried(trees, "forward" if token_scores else mode)
         self.batch_size = self._budget(batch_size, self.stage.batch_size)
         self.batch_tokens = self._budget(batch_tokens, self.stage.batch_tokens)
 
@@ -186,6 +191,39 @@ class RowScorer:
         """Return the batch of encoded examples, and its scores."""
         batch = self.stage.on_device(self.stage.task.collate(encoded, rows))
         return batch, self._score(batch)
+
+    def _made(self, trees: list[Parameters], mode: Mode) -> ReverseScorer | None:
+        """Return the scorer by reverse mode; None where it cannot go through the model and need not."""
+        try:
+            return ReverseScorer(self.stage, trees)
+        except OutOfMemory:
+            raise
+        except RuntimeError as error:  # of an operation without a derivative, or a checkpoint that hooks disturb
+            if mode == "auto" and self.compression is None:
+                return None
+            raise self._impassable("reverse", error) from error
+
+    def _tried(self, trees: list[Parameters], mode: Mode) -> None:
+        """Hold forward mode against autograd on an example, and take reverse mode where there is none and `mode` allows it."""
+        try:
+            right = agrees(self.stage)
+        except NotImplementedError as error:
+            reverse = self._made(trees, "reverse") if mode == "auto" else None
+            if reverse is None or reverse.uncovered:
+                raise self._impassable("forward", error) from error
+            self._score, self.mode = reverse, "reverse"
+            return
+        if not right:
+            raise BadInput(
+                f"stage {self.stage.name!r}: forward mode and autograd differ on its model, as where a layer runs under "
+                "torch.no_grad(); run `nlpinf check`, and use detach() there"
+            )
+
+    def _impassable(self, mode: str, error: Exception) -> BadInput:
+        told = " ".join(str(error).split())[:160]
+        return BadInput(
+            f"stage {self.stage.name!r}: {mode} mode cannot go through its model ({told}); run `nlpinf check`"
+        )
 
     def _reverse(self, scorer: ReverseScorer, mode: Mode, compiled: bool) -> None:
         """Take reverse mode, compiled if asked and possible, unless forward mode is the cheaper."""

@@ -65,10 +65,12 @@ class Regression(_TensorTask):
     loss: OutputLoss = SquaredError()
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        return super().outputs(model, batch).flatten(1)
+        values = super().outputs(model, batch)
+        return values[:, None] if values.dim() == 1 else values.flatten(1)
 
     def _targets(self, targets: list[Tensor]) -> Tensor:
         stacked = torch.stack(targets)
+        stacked = stacked if stacked.is_floating_point() else stacked.to(torch.get_default_dtype())
         return stacked[:, None] if stacked.dim() == 1 else stacked.flatten(1)
 
 
