@@ -78,8 +78,8 @@ class Stage:
             if isinstance(decay, int | float)
             else {n: float(decay.get(n, 0.0)) for n in trained}
         )
-        if any(value < 0 for value in decay.values()):
-            raise BadInput(f"stage {self.name!r}: weight decay must not be negative")
+        if not all(0 <= value < float("inf") for value in decay.values()):
+            raise BadInput(f"stage {self.name!r}: weight decay must be finite and not negative")
         object.__setattr__(self, "weight_decay", decay)
         for limit, size in zip(("batch_size", "batch_tokens"), memory.sizes(self.device)):
             if getattr(self, limit) < 0:

@@ -71,8 +71,17 @@ def new_model(
     try:
         with quiet_loading():
             return AUTO_MODELS[task].from_config(AutoConfig.for_model(kind, **{**defaults, **fields}))
-    except (ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # of values that its configuration or its layers refuse, each in its own way
         raise BadInput(f"a {kind} model of {fields} cannot be made for {task}: {one_line(error)}") from error
+
+
+def places(model: nn.Module) -> int | None:
+    """Return how many tokens a model has learned positions for; None where it has no such table."""
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if type(module) is nn.Embedding and last in ("position_embeddings", "wpe"):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
 
 
 def shared_names(parent: nn.Module, child: nn.Module) -> list[str]:

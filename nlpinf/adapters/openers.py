@@ -27,6 +27,7 @@ from nlpinf.adapters.allennlp_classifier import RECIPE, ArchiveClassifier
 from nlpinf.adapters.elmo.language_model import ElmoLM
 from nlpinf.adapters.heads import HEAD, TextClassifier
 from nlpinf.adapters.supported import check_supported
+from nlpinf.adapters.tokenizers import with_words
 from nlpinf.data.vocabulary import Vocabulary
 from nlpinf.errors import BadInput
 from nlpinf.tasks import BidirectionalLM, CausalLM, MaskedLM, SequenceClassification, Task, WordClassification
@@ -87,7 +88,7 @@ class HuggingFace(Opener):
 
     def open(self, folder: Path, trust_remote_code: bool = False) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         with quiet_loading():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            tokenizer = with_words(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), folder)
             model = self._model(folder, trust_remote_code)
         embeddings = model.get_input_embeddings()
         if len(tokenizer) > embeddings.weight.shape[0]:

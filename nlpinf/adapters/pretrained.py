@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from nlpinf.adapters.huggingface import one_line
 from nlpinf.adapters.openers import AUTO_MODELS, quiet_loading
 from nlpinf.adapters.supported import check_supported
+from nlpinf.adapters.tokenizers import with_words
 from nlpinf.errors import BadInput
 
 
@@ -21,9 +22,10 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     _there(folder)
     try:
         with quiet_loading():
-            return AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{folder}: has no tokenizer that can be opened: {one_line(error)}") from error
+    return with_words(tokenizer, folder)
 
 
 def open_pretrained(task: str, folder: Path, seed: int) -> nn.Module:

@@ -76,9 +76,18 @@ def stage_from_run(
     notes = _pad(kind, words)
     if content is None:
         content = plain.describe(folder, config, kind, told, _limit(words, config))
+    elif recorded:
+        content = _completed(folder, content, told, _limit(words, config))
     content = {**content, "notes": [*content.get("notes", []), *notes]}
     if content.get("training", {}).get("label_smoothing_factor"):
         raise BadInput(f"{folder}: was trained with label smoothing, which no task here has; train without it to score")
+    if content.get("own_labels"):
+        raise BadInput(
+            f"{folder / RECORD}: the run learned from labels that its rows brought, and nlpinf counts every token of a text; "
+            "train with DataCollatorForLanguageModeling to score"
+        )
+    if content["task"].get("name") == "sequence_classification" and content["task"].get("labels") == 1:
+        raise BadInput(f"{folder}: has one label, a regression; a classifier here has at least 2 classes")
     if content.get("pairs"):
         raise plain.of_pairs(f"{folder / RECORD}: the run's rows have a second segment")
     try:
@@ -96,6 +105,23 @@ def stage_from_run(
         return Stage(model, task, examples, **settings)
     except BadInput as error:
         raise BadInput(f"{folder}: {error}") from None
+
+
+def _completed(folder: Path, record: dict[str, Any], told: Told, limit: int) -> dict[str, Any]:
+    """Return a record with what it lacks and was told; `BadInput` where what was told is recorded otherwise."""
+    task, data = dict(record["task"]), dict(record["data"])
+    if task.get("name") in ("masked_lm", "causal_lm", "sequence_classification") and "max_length" not in task:
+        task["max_length"] = told.max_length or min(1024, limit)  # of rows that came in a stream
+    for name, value in (("max_length", task.get("max_length")), ("reduction", record["reduction"])):
+        asked = getattr(told, name)
+        if asked not in (None, value):
+            raise BadInput(
+                f"{folder / RECORD}: records a {name.replace('_', ' ')} of {value}, and {asked} was given; leave that out"
+            )
+    columns = {k: v for k, v in vars(told).items() if k in ("text_column", "split", "label_column") and v is not None}
+    if columns and told.data is not None:
+        data["reading"] = {**data.get("reading", {}), **columns}
+    return {**record, "task": task, "data": data}
 
 
 def told_record(stage: Stage) -> dict[str, Any] | None:

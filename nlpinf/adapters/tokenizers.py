@@ -8,7 +8,9 @@ from itertools import repeat
 from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from nlpinf.errors import BadInput
 
 TokenizerKind = Literal["wordpiece", "bpe"]
 _PREFIX = "##"
@@ -82,3 +84,13 @@ def _bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def with_words(tokenizer: PreTrainedTokenizerBase, folder: object) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that was opened in a folder; `BadInput` if it knows no word, as transformers makes one where there is none."""
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise BadInput(
+            f"{folder}: has no tokenizer with words in it; save the run's there (tokenizer.save_pretrained, or "
+            "Trainer(processing_class=tokenizer))"
+        )
+    return tokenizer

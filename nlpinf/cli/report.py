@@ -10,6 +10,7 @@ from nlpinf import querystore, removals
 from nlpinf import report as page
 from nlpinf.cli import console
 from nlpinf.scoring import Scores
+from nlpinf.scoring.drop import check_queries
 
 
 def add(app: typer.Typer) -> None:
@@ -38,6 +39,7 @@ def report(
     shade = newton = None
     if query is not None:
         vectors = querystore.load(query, run=pretrain, trust_remote_code=trust_remote_code)
+        check_queries(opened, vectors)
         shade = page.shader(vectors.stage, vectors.vectors)
         newton = removals.kept(query, opened.manifest["identity"]["queries"])
     path = page.write(opened, out or scores.parent / "report.html", examples=examples, shade=shade, newton=newton)

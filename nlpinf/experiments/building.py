@@ -15,7 +15,7 @@ from torch import nn
 from nlpinf import processes
 from nlpinf.adapters.elmo import ElmoConfig, ElmoFiles, ElmoLM, Vocabulary
 from nlpinf.adapters.heads import HeadSettings, TextClassifier
-from nlpinf.adapters.huggingface import build_task, new_model, shared_names
+from nlpinf.adapters.huggingface import build_task, new_model, places, shared_names
 from nlpinf.adapters.openers import VOCABULARY
 from nlpinf.adapters.pretrained import head_names, open_pretrained, open_tokenizer
 from nlpinf.adapters.tokenizers import train_tokenizer
@@ -217,10 +217,19 @@ def classification(task: Task, labels: int, max_length: int | None) -> Task:
     return SequenceClassification(tokenizer, max_length or task.max_length, labels=labels)  # type: ignore[attr-defined]
 
 
+def check_length(model: nn.Module, max_length: int | None) -> None:
+    """Raise `BadInput` for texts longer than the positions of a model's table."""
+    if max_length is not None and (limit := places(model)) is not None and max_length > limit:
+        raise BadInput(
+            f"the finetuning's max_length is {max_length}, but its encoder has {limit} positions; give at most that"
+        )
+
+
 def finetuning(
     model: nn.Module, task: Task, settings: Classifier, head: HeadSettings, rows: Sequence[Any], seed: int, frozen: bool
 ) -> Stage:
     """Return the finetuning stage on a copy of a pretraining model's encoder, its head at its seeded initialisation."""
+    check_length(model, settings.max_length)
     classifier = TextClassifier.on(model, head, seed).to(processes.device())
     shared = shared_names(model, classifier)
     return Stage(

@@ -22,9 +22,9 @@ class TrainingSettings(_Strict):
 
     epochs: int = Field(3, ge=1)
     batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     warmup: float = Field(0.1, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
 
 
 class TokenizerSettings(_Strict):
@@ -86,7 +86,7 @@ class FinetuneSettings(_Strict):
     test: str | None = None
     test_share: float = Field(0.2, gt=0, lt=1)
     labels: int = Field(2, ge=2)
-    max_length: int | None = None
+    max_length: int | None = Field(None, ge=1)
     head: HeadChoice = HeadChoice()  # type: ignore[call-arg]
     transfer: Transfer | Annotated[list[Transfer], Field(min_length=1)] = "proximity"
     alpha: float = Field(1e-3, gt=0)
@@ -185,7 +185,7 @@ class Recipe(_Strict):
     """A whole experiment. `versions` is written by a run, for the record."""
 
     name: str
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     pretrain: PretrainSettings
     finetune: FinetuneSettings
     query: QuerySettings = QuerySettings()  # type: ignore[call-arg]

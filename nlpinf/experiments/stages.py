@@ -22,6 +22,7 @@ from nlpinf.experiments.building import (
     Fitted,
     Progress,
     anchor,
+    check_length,
     finetuning,
     fit,
     fit_pretraining,
@@ -130,7 +131,7 @@ class Recipes:
             raise BadInput(
                 f"{recipe.finetune.data}: the rows left to train on are all of one class; make test_share smaller"
             )
-        self.untrained()
+        check_length(self.untrained().model, recipe.finetune.max_length)
 
     def untrained(self) -> Stage:
         """The first stage at its seeded initialisation."""

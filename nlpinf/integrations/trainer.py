@@ -73,9 +73,14 @@ class StageRecorder(TrainerCallback):
             _log.warning("label smoothing is on: nlpinf has no task with it, so this run cannot be scored")
         rows = self._write_rows(folder, loader, _tokenizer(kwargs, collator))
         self._record = _describe(args, model, collator, _handed("optimizer", kwargs, state), kwargs, rows)
-        if rows is not None and rows["pairs"]:
+        if rows is not None and "pair" in rows["seen"]:
             _log.warning("rows are pairs of sentences: nlpinf has no task of them, so this run cannot be scored")
             self._record["pairs"] = True
+        if rows is not None and _own_labels(self._record["task"]["name"], collator, rows["seen"]):
+            _log.warning("rows bring labels of their own: nlpinf counts every token, so this run cannot be scored")
+            self._record["own_labels"] = True
+        if rows is not None and "left" in rows["seen"]:
+            self._record["notes"].append("rows were padded on the left; here positions count from a row's first token")
         if "data" in self._record and self.corpus is not None:
             self._record["data"] |= {"path": str(Path(self.corpus).resolve())}
             self._record["data"]["reading"] = {"text_column": self.text_column}
@@ -139,10 +144,15 @@ class StageRecorder(TrainerCallback):
         dataset = loader.dataset
         if isinstance(dataset, torch.utils.data.IterableDataset):
             return None
+        if "input_ids" not in _columns(dataset):
+            _log.warning(
+                "rows have no input_ids, so which tokens were trained on is not recorded; tokenize them before"
+            )
+            return None
         with _untouched_randomness():
             pad = [] if getattr(words, "pad_token_id", None) is None else [words.pad_token_id]
-            pairs = _Pairs(_numbered(dataset, self.dataset))
-            return {**write_rows(folder / ROWS_FILE, pairs, ids=self.corpus is None, count=pad), "pairs": pairs.found}
+            rows = _Rows(_numbered(dataset, self.dataset))
+            return {**write_rows(folder / ROWS_FILE, rows, ids=self.corpus is None, count=pad), "seen": rows.seen}
 
 
 def _progress(state: Any) -> dict[str, Any]:
@@ -298,24 +308,44 @@ def _numbered(dataset: Any, kept: Any) -> Iterator[dict[str, Any]]:
         )
     extras = [] if kept is None else [n for n in ("row", "text", "documents", "starts") if n in _columns(kept)]
     for row, more in zip(_plain_rows(dataset), _plain_rows(kept) if extras else repeat({})):
-        found = {"input_ids": row["input_ids"], **{n: more[n] for n in extras}}
-        if "token_type_ids" in row:
-            found["pair"] = bool(np.any(row["token_type_ids"]))
+        ids, seen = row["input_ids"], set()
+        there = np.asarray(row["attention_mask"]).astype(bool) if "attention_mask" in row else np.ones(len(ids), bool)
+        if there.shape == (len(ids),) and not there.all():  # padded in the data set
+            ids = [token for token, real in zip(ids, there) if real]
+            seen |= {"left"} if not there[0] else set()
+        if "token_type_ids" in row and np.any(row["token_type_ids"]):
+            seen.add("pair")
+        found = {"input_ids": ids, "seen": seen, **{n: more[n] for n in extras}}
         for name in ("label", "labels", "label_ids"):
             if name in row and np.ndim(row[name]) == 0:
                 found["label"] = int(row[name])
+            elif name in row and np.shape(row[name]) == there.shape:
+                seen |= {"labels"} if _others(row[name], row["input_ids"], there) else set()
         yield found
 
 
-class _Pairs:
-    """Passes rows on and notes whether one of them is a pair of sentences, told by its segments (token_type_ids)."""
+def _others(labels: Any, ids: Any, there: np.ndarray) -> bool:
+    """Say whether the labels of a row's tokens are other than the tokens, with none where it is padded."""
+    given = np.asarray(labels)
+    return not (np.array_equal(given[there], np.asarray(ids)[there]) and (given[~there] == -100).all())
+
+
+def _own_labels(task: str, collator: Any, seen: set[str]) -> bool:
+    """Say whether a language model learns from labels that the data set brings, not from those that a collator makes."""
+    if hasattr(collator, "mlm"):
+        return False
+    return task == "masked_lm" or (task == "causal_lm" and "labels" in seen)
+
+
+class _Rows:
+    """Passes rows on and notes what one of them was seen to be: a pair (of segments), padded on the left, with labels of its own."""
 
     def __init__(self, rows: Iterator[dict[str, Any]]) -> None:
-        self._rows, self.found = rows, False
+        self._rows, self.seen = rows, set[str]()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for row in self._rows:
-            self.found |= row.pop("pair", False)
+            self.seen |= row.pop("seen")
             yield row
 
 

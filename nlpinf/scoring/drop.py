@@ -79,13 +79,18 @@ def positions_of(rows: Sequence[int] | np.ndarray, vectors: QueryVectors, where:
     return [place[int(row)] for row in rows]
 
 
+def check_queries(scores: Scores, vectors: QueryVectors) -> None:
+    """Raise `BadInput` unless the scores are of these query vectors."""
+    if scores.manifest["identity"]["queries"] != [fingerprint(vector) for vector in vectors.vectors]:
+        raise BadInput(
+            f"{scores.folder or 'the scores'}: holds scores of another query (another query vector); give those of this query folder"
+        )
+
+
 def check_scores(scores: Scores, vectors: QueryVectors) -> None:
     """Raise `BadInput` unless the scores are of these query vectors and of the corpus that was pretrained on."""
-    identity, where = scores.manifest["identity"], scores.folder or "the scores"
-    if identity["queries"] != [fingerprint(vector) for vector in vectors.vectors]:
-        raise BadInput(
-            f"{where}: holds scores of another query (another query vector); give those of this query folder"
-        )
+    where = scores.folder or "the scores"
+    check_queries(scores, vectors)
     if difference := differs(scores, feed_of(vectors.stage.data)):
         raise BadInput(
             f"{where}: holds scores of another corpus than was pretrained on ({difference}), whose rows cannot be left out "
