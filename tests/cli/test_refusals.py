@@ -477,3 +477,27 @@ def test_rows_that_are_skipped_keep_the_numbers_of_the_others(root: Path, tmp_pa
     assert ended.status == 0 and ended.json["corpus"]["skipped"] == {"empty": 1}
     rows = nlpinf("top", tmp_path / "s", "--json").json["rows"]
     assert sorted(row["row"] for row in rows) == [0, 2, 3, 4]
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "a seed below 0": ({"seed": -1}, ["seed", "greater than or equal to 0"]),
+    "longer than the positions": ({"finetune__max_length": 500}, ["max_length is 500", "positions"]),
+    "no length": ({"finetune__max_length": 0}, ["finetune.max_length"]),
+    "an endless rate": ({"pretrain__training__learning_rate": float("inf")}, ["learning_rate", "finite"]),
+    "a size that is none": ({"pretrain__model__hidden_size": "x"}, ["cannot be made", "hidden_size"]),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_a_recipe_that_cannot_be_is_refused_before_anything_is_trained(case: str, tmp_path: Path) -> None:
+    changes, named = SETTINGS[case]
+    path = write_recipe(tmp_path / "r.yaml", recipe(write_data(tmp_path / "data"), **changes))
+    refused(nlpinf("run", path, "--out", tmp_path / "run"), *named)
+    assert not (tmp_path / "run" / "pretrain").exists()
+
+
+def test_a_page_of_another_query_is_refused(root: Path, tmp_path: Path) -> None:
+    assert nlpinf(*query_of(root / "run", tmp_path / "query", "--row", 0)).status == 0
+    page = ("report", root / "run/scores", "--query", tmp_path / "query", "--out", tmp_path / "r.html")
+    refused(nlpinf(*page), "scores of another query")
+    assert not (tmp_path / "r.html").exists()

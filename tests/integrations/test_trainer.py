@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from datasets import Dataset
+from transformers import DataCollatorForTokenClassification, Trainer, TrainerCallback
 
 import nlpinf
 from nlpinf.adapters.folders import RECORD, weight_files
+from nlpinf.adapters.plain import Told
 from nlpinf.errors import BadInput
 from nlpinf.integrations.steps import STEPS_FILE, StepRows, read_steps
 from nlpinf.stages import Stage, evaluation
 from nlpinf.tasks import Batch
+from tests.cases import tokenizer
+from tests.cli.common import sentences
 from tests.integrations.common import classifier, finetuning, gpt2, llama, pretraining, tokens, trained
 
 
@@ -228,3 +232,78 @@ def test_rows_of_another_run_are_refused(tmp_path: Path) -> None:
     (tmp_path / "two" / "nlpinf_rows.parquet").replace(one / "nlpinf_rows.parquet")
     with pytest.raises(BadInput, match="not those of the run"):
         Stage.from_run(one)
+
+
+def padded(model: str) -> Dataset:
+    """The sentences padded in the data set, as `padding="max_length"` does."""
+    words = tokenizer()
+    words.padding_side = "left" if model == "left" else "right"
+    rows = [words(text, padding="max_length", max_length=16) for text in sentences(30)]
+    return Dataset.from_dict({key: [row[key] for row in rows] for key in ("input_ids", "attention_mask")})
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_padded_in_the_data_set_are_recorded_without_their_padding(tmp_path: Path, side: str) -> None:
+    trainer = pretraining(tmp_path / "run", [nlpinf.StageRecorder()], llama(), learning_rate=0.0, max_steps=1)
+    trainer.train_dataset = padded(side)
+    stage = Stage.from_run(trained(trainer))
+    plain = Stage.from_run(trained(pretraining(tmp_path / "plain", [nlpinf.StageRecorder()], llama(), learning_rate=0.0, max_steps=1)))  # fmt: skip
+    assert [list(row) for row in stage.data] == [list(row) for row in plain.data]
+    assert stage.items == plain.items and stage.objective() == pytest.approx(plain.objective(), rel=1e-6)
+    assert any("padded on the left" in note for note in stage.record["notes"]) == (side == "left")
+
+
+@pytest.mark.parametrize("kind", ["prompt", "copied", "masked"])
+def test_labels_of_the_data_sets_own_are_refused_unless_they_are_its_tokens(tmp_path: Path, kind: str) -> None:
+    trainer = pretraining(tmp_path, [nlpinf.StageRecorder()], None if kind == "masked" else llama(), max_steps=1)
+    rows = tokens()["input_ids"]
+    labels = [[-100, -100, *row[2:]] if kind == "prompt" else list(row) for row in rows]
+    trainer.train_dataset = Dataset.from_dict({"input_ids": list(rows), "labels": labels})
+    trainer.data_collator = DataCollatorForTokenClassification(tokenizer())
+    run = trained(trainer)
+    if kind == "copied":
+        assert Stage.from_run(run).size == 30
+        return
+    with pytest.raises(BadInput, match=r"labels that its rows brought.*DataCollatorForLanguageModeling"):
+        Stage.from_run(run)
+
+
+def test_rows_that_are_no_tokens_yet_do_not_stop_a_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = pretraining(tmp_path, [nlpinf.StageRecorder()], max_steps=1, remove_unused_columns=False)
+    inner = trainer.data_collator
+    trainer.train_dataset = Dataset.from_dict({"text": sentences(30)})
+    trainer.data_collator = lambda rows: inner([tokenizer()(row["text"]) for row in rows])  # type: ignore[misc,assignment]
+    run = trained(trainer)
+    assert "rows have no input_ids" in caplog.text
+    assert Stage.from_run(run, data=sentences(30)).size == 30
+
+
+def test_a_run_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    """transformers makes one that knows its five special words, and every text would be unknown."""
+    run = trained(pretraining(tmp_path, [nlpinf.StageRecorder()], max_steps=1))
+    for path in run.glob("tokenizer*"):
+        path.unlink()
+    for record in (True, False):
+        if not record:
+            (run / RECORD).unlink()
+        with pytest.raises(BadInput, match=r"no tokenizer with words.*save_pretrained"):
+            Stage.from_run(run, data=sentences(3))
+
+
+def test_what_is_told_of_a_recorded_run_is_used_or_refused(tmp_path: Path) -> None:
+    run = trained(pretraining(tmp_path / "run", [nlpinf.StageRecorder()], max_steps=1))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": "other", "sentence": s}) + "\n" for s in sentences(4)))
+    told = Told(data=str(rows), text_column="sentence")
+    assert list(Stage.from_run(run, told=told).data) == sentences(4)
+    longest = json.loads((run / RECORD).read_text())["task"]["max_length"]
+    assert Stage.from_run(run, told=Told(max_length=longest)).size == 30
+    with pytest.raises(BadInput, match=rf"records a max length of {longest}, and 5 was given"):
+        Stage.from_run(run, told=Told(max_length=5))
+    record = json.loads((run / RECORD).read_text())
+    del record["task"]["max_length"]  # as of rows that came in a stream
+    (run / RECORD).write_text(json.dumps(record))
+    task: Any = Stage.from_run(run, data=sentences(4)).task
+    assert task.max_length == 24  # the model's positions
+    shorter: Any = Stage.from_run(run, data=sentences(4), told=Told(max_length=7)).task
+    assert shorter.max_length == 7
