@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from nlpinf.adapters.folders import file_sha256, one_line, read_json, versions, write_json
+from nlpinf.adapters.plain import Told
 from nlpinf.adapters.runs import stage_from_run, told_record
 from nlpinf.data.corpus import examples_sha256
 from nlpinf.errors import BadInput
@@ -70,6 +71,7 @@ def save(vectors: QueryVectors, folder: str | Path, chain: Chain, found: Mapping
                 "weights": stage.record["weights"],
                 "data": stage.record["data"],
                 **({} if (told := told_record(stage)) is None else {"record": told}),
+                **({"told": dict(stage.record["told"])} if "told" in stage.record else {}),
             }
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +141,13 @@ def load(
     where = Path(run) if run is not None else Path(os.path.normpath(folder / first["run"]))
     if not where.is_dir():
         raise BadInput(f"{where}: the pretraining run of {folder} is not there; say where it is (--pretrain)")
-    stage = stage_from_run(where, data=data, record=first.get("record"), trust_remote_code=trust_remote_code)
+    stage = stage_from_run(
+        where,
+        data=data,
+        told=Told(**first["told"]) if "told" in first else None,
+        record=first.get("record"),
+        trust_remote_code=trust_remote_code,
+    )
     there, then = stage.record["weights"], first["weights"]
     if changed := sorted(n for n in {**there, **then} if there.get(n) != then.get(n)):
         raise BadInput(

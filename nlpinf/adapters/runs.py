@@ -70,6 +70,7 @@ def stage_from_run(
     told = told or Told()
     if content is not None and data is None:
         data = told.data
+    used = {k: v for k, v in vars(told).items() if recorded and v is not None and k in _USED}
     kind = content["task"].get("name") if content is not None else plain.task_name(below, config, told, folder)
     model, words = _open(folder, below, kind, adapters, trust_remote_code, recorded)
     model = model.to(processes.device())
@@ -98,6 +99,8 @@ def stage_from_run(
         ) from None
     examples = _data(folder, content, data, task)
     kept = {**content, "run": str(folder), "weights": weights, "recorded": recorded, "adapters": adapters}
+    if used:  # so that what is made of this stage opens it in the same way
+        kept["told"] = {**used, **({"data": str(shipped.absolute(used["data"]))} if "data" in used else {})}
     if data is not None:
         kept.pop("items", None)  # T is that of the recorded corpus
     try:
@@ -105,6 +108,9 @@ def stage_from_run(
         return Stage(model, task, examples, **settings)
     except BadInput as error:
         raise BadInput(f"{folder}: {error}") from None
+
+
+_USED = ("data", "text_column", "label_column", "split", "max_length")  # of what is told, where there is a record
 
 
 def _completed(folder: Path, record: dict[str, Any], told: Told, limit: int) -> dict[str, Any]:

@@ -479,7 +479,7 @@ def test_rows_that_are_skipped_keep_the_numbers_of_the_others(root: Path, tmp_pa
     assert sorted(row["row"] for row in rows) == [0, 2, 3, 4]
 
 
-SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
+IMPOSSIBLE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a seed below 0": ({"seed": -1}, ["seed", "greater than or equal to 0"]),
     "longer than the positions": ({"finetune__max_length": 500}, ["max_length is 500", "positions"]),
     "no length": ({"finetune__max_length": 0}, ["finetune.max_length"]),
@@ -488,9 +488,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_a_recipe_that_cannot_be_is_refused_before_anything_is_trained(case: str, tmp_path: Path) -> None:
-    changes, named = SETTINGS[case]
+    changes, named = IMPOSSIBLE[case]
     path = write_recipe(tmp_path / "r.yaml", recipe(write_data(tmp_path / "data"), **changes))
     refused(nlpinf("run", path, "--out", tmp_path / "run"), *named)
     assert not (tmp_path / "run" / "pretrain").exists()

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import DataCollatorForTokenClassification, Trainer, TrainerCallback
 
 import nlpinf
+from nlpinf import querystore
 from nlpinf.adapters.folders import RECORD, weight_files
 from nlpinf.adapters.plain import Told
 from nlpinf.errors import BadInput
@@ -295,7 +296,13 @@ def test_what_is_told_of_a_recorded_run_is_used_or_refused(tmp_path: Path) -> No
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": "other", "sentence": s}) + "\n" for s in sentences(4)))
     told = Told(data=str(rows), text_column="sentence")
-    assert list(Stage.from_run(run, told=told).data) == sentences(4)
+    stage = Stage.from_run(run, told=told)
+    assert list(stage.data) == sentences(4)
+    chain = nlpinf.Chain([stage])
+    vectors = nlpinf.query_vectors(chain, [nlpinf.Query.loss("the cat")], damping=1.0, solver=nlpinf.CG(0.1))
+    querystore.save(vectors, tmp_path / "query", chain)
+    again = querystore.load(tmp_path / "query")
+    assert list(again.stage.data) == sentences(4) and nlpinf.score(again).m == 4
     longest = json.loads((run / RECORD).read_text())["task"]["max_length"]
     assert Stage.from_run(run, told=Told(max_length=longest)).size == 30
     with pytest.raises(BadInput, match=rf"records a max length of {longest}, and 5 was given"):
