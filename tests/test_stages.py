@@ -228,8 +228,8 @@ def broken() -> Mlp:
         ({"reduction": "sum"}, "'sum' is neither 'example' nor 'token'"),
         ({"trained": ["first.weight", "other"]}, "no parameter 'other'"),
         ({"trained": []}, "trained no parameter"),
-        ({"weight_decay": -0.1}, "must not be negative"),
-        ({"weight_decay": {"h.weight": -0.1}}, "must not be negative"),
+        ({"weight_decay": -0.1}, "finite and not negative"),
+        ({"weight_decay": {"h.weight": -0.1}}, "finite and not negative"),
         ({"model": broken()}, "'first.bias' has NaN or infinite entries"),
     ],
 )

@@ -207,6 +207,8 @@ class RowScorer:
         """Hold forward mode against autograd on an example, and take reverse mode where there is none and `mode` allows it."""
         try:
             right = agrees(self.stage)
+        except OutOfMemory:
+            return  # a GPU that does not hold two rows and their gradients
         except NotImplementedError as error:
             reverse = self._made(trees, "reverse") if mode == "auto" else None
             if reverse is None or reverse.uncovered:

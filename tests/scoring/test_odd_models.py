@@ -96,7 +96,8 @@ def test_a_padding_word_inside_a_row_has_no_derivative(mode: Any, count: int) ->
     stage = stage_of(Pooled(padding=3), ROWS)
     assert sum(int((x == 3).sum()) for x, _ in ROWS) > 10
     vectors = query_vectors(stage, count)
-    found = torch.tensor([score(vectors, mode=mode).column(i) for i in range(count)]).T.double()
+    scores = score(vectors, mode=mode)
+    found = torch.stack([torch.from_numpy(scores.column(i)) for i in range(count)], 1).double()
     torch.testing.assert_close(found, alone(stage, vectors), rtol=1e-5, atol=1e-5)
 
 
