@@ -185,6 +185,8 @@ def _describe(
             or getattr(collator, "whole_word_mask", False)
         ):
             notes.append("the run masked in another way than 80 % mask, 10 % random, 10 % kept of single tokens")
+        if not hasattr(collator, "mlm_probability"):
+            notes.append("its collator does not tell how it masked; 15 % of the tokens are taken to have been")
     elif name == "causal_lm":
         ignored = _is_language_modeling(collator) and tokenizer is not None and tokenizer.pad_token_id is not None
         if ignored and tokenizer.pad_token_id == tokenizer.eos_token_id:  # the collator takes ends for padding
@@ -320,7 +322,7 @@ def _numbered(dataset: Any, kept: Any) -> Iterator[dict[str, Any]]:
             if name in row and np.ndim(row[name]) == 0:
                 found["label"] = int(row[name])
             elif name in row and np.shape(row[name]) == there.shape:
-                seen |= {"labels"} if _others(row[name], row["input_ids"], there) else set()
+                seen |= {"labels", "others"} if _others(row[name], row["input_ids"], there) else {"labels"}
         yield found
 
 
@@ -334,7 +336,7 @@ def _own_labels(task: str, collator: Any, seen: set[str]) -> bool:
     """Say whether a language model learns from labels that the data set brings, not from those that a collator makes."""
     if hasattr(collator, "mlm"):
         return False
-    return task == "masked_lm" or (task == "causal_lm" and "labels" in seen)
+    return {"masked_lm": "labels", "causal_lm": "others"}.get(task, "") in seen
 
 
 class _Rows:
