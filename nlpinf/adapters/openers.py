@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
@@ -27,7 +26,7 @@ from nlpinf.adapters.allennlp_classifier import RECIPE, ArchiveClassifier
 from nlpinf.adapters.elmo.language_model import ElmoLM
 from nlpinf.adapters.heads import HEAD, TextClassifier
 from nlpinf.adapters.supported import check_supported
-from nlpinf.adapters.tokenizers import with_words
+from nlpinf.adapters.tokenizers import tokenizer_in
 from nlpinf.data.vocabulary import Vocabulary
 from nlpinf.errors import BadInput
 from nlpinf.tasks import BidirectionalLM, CausalLM, MaskedLM, SequenceClassification, Task, WordClassification
@@ -88,7 +87,7 @@ class HuggingFace(Opener):
 
     def open(self, folder: Path, trust_remote_code: bool = False) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         with quiet_loading():
-            tokenizer = with_words(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), folder)
+            tokenizer = tokenizer_in(folder, trust_remote_code=trust_remote_code)
             model = self._model(folder, trust_remote_code)
         embeddings = model.get_input_embeddings()
         if len(tokenizer) > embeddings.weight.shape[0]:

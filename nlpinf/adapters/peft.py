@@ -8,11 +8,10 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoTokenizer
 
 from nlpinf.adapters.folders import read_json
 from nlpinf.adapters.openers import AUTO_MODELS, quiet_loading
-from nlpinf.adapters.tokenizers import with_words
+from nlpinf.adapters.tokenizers import tokenizer_in
 from nlpinf.errors import BadInput
 
 ADAPTERS = "adapter_config.json"
@@ -62,7 +61,7 @@ def open_adapters(folder: Path, base: Path, task: str) -> tuple[nn.Module, Any]:
     options = {} if task != "sequence_classification" else {"num_labels": _labels(folder)}
     with quiet_loading():
         where = folder if any(folder.glob("tokenizer*")) else base
-        tokenizer = with_words(AutoTokenizer.from_pretrained(where), where)
+        tokenizer = tokenizer_in(where)
         if task == "sequence_classification":
             options["pad_token_id"] = tokenizer.pad_token_id
         model, loading = AUTO_MODELS[task].from_pretrained(base, output_loading_info=True, **options)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from nlpinf.adapters.huggingface import one_line
 from nlpinf.adapters.openers import AUTO_MODELS, quiet_loading
 from nlpinf.adapters.supported import check_supported
-from nlpinf.adapters.tokenizers import with_words
+from nlpinf.adapters.tokenizers import tokenizer_in
 from nlpinf.errors import BadInput
 
 
@@ -22,10 +22,9 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     _there(folder)
     try:
         with quiet_loading():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            return tokenizer_in(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{folder}: has no tokenizer that can be opened: {one_line(error)}") from error
-    return with_words(tokenizer, folder)
 
 
 def open_pretrained(task: str, folder: Path, seed: int) -> nn.Module:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import repeat
+from pathlib import Path
 from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nlpinf.errors import BadInput
 
@@ -86,11 +87,20 @@ def _bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def with_words(tokenizer: PreTrainedTokenizerBase, folder: object) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that was opened in a folder; `BadInput` if it knows no word, as transformers makes one where there is none."""
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise BadInput(
-            f"{folder}: has no tokenizer with words in it; save the run's there (tokenizer.save_pretrained, or "
-            "Trainer(processing_class=tokenizer))"
-        )
-    return tokenizer
+def tokenizer_in(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a folder; `BadInput` if it has none.
+
+    Where files lack, transformers 5 makes one that knows no word but its special ones, and 4 ends in a `TypeError`.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except TypeError as error:
+        cause: TypeError | None = error
+    else:
+        if len(tokenizer) > len(set(tokenizer.all_special_ids)):
+            return tokenizer  # type: ignore[no-any-return]
+        cause = None
+    raise BadInput(
+        f"{folder}: has no tokenizer with words in it; save the run's there (tokenizer.save_pretrained, or "
+        "Trainer(processing_class=tokenizer))"
+    ) from cause

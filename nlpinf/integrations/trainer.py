@@ -71,7 +71,8 @@ class StageRecorder(TrainerCallback):
         collator = _collator(loader)
         if args.label_smoothing_factor:
             _log.warning("label smoothing is on: nlpinf has no task with it, so this run cannot be scored")
-        rows = self._write_rows(folder, loader, _tokenizer(kwargs, collator))
+        words = _tokenizer(kwargs, collator)
+        rows = self._write_rows(folder, loader, words)
         self._record = _describe(args, model, collator, _handed("optimizer", kwargs, state), kwargs, rows)
         if rows is not None and "pair" in rows["seen"]:
             _log.warning("rows are pairs of sentences: nlpinf has no task of them, so this run cannot be scored")
@@ -79,7 +80,7 @@ class StageRecorder(TrainerCallback):
         if rows is not None and _own_labels(self._record["task"]["name"], collator, rows["seen"]):
             _log.warning("rows bring labels of their own: nlpinf counts every token, so this run cannot be scored")
             self._record["own_labels"] = True
-        if rows is not None and "left" in rows["seen"]:
+        if rows is not None and ("left" in rows["seen"] or _pads_left(getattr(collator, "tokenizer", words), rows)):
             self._record["notes"].append("rows were padded on the left; here positions count from a row's first token")
         if "data" in self._record and self.corpus is not None:
             self._record["data"] |= {"path": str(Path(self.corpus).resolve())}
@@ -330,6 +331,12 @@ def _others(labels: Any, ids: Any, there: np.ndarray) -> bool:
     """Say whether the labels of a row's tokens are other than the tokens, with none where it is padded."""
     given = np.asarray(labels)
     return not (np.array_equal(given[there], np.asarray(ids)[there]) and (given[~there] == -100).all())
+
+
+def _pads_left(words: Any, rows: Mapping[str, Any]) -> bool:
+    """Say whether a batch's shorter rows get their padding before their first token."""
+    uneven = rows["tokens"] < rows["rows"] * rows["longest"]
+    return uneven and getattr(words, "padding_side", "right") == "left"
 
 
 def _own_labels(task: str, collator: Any, seen: set[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from importlib.metadata import version
@@ -237,7 +238,7 @@ def test_rows_of_another_run_are_refused(tmp_path: Path) -> None:
 
 def padded(model: str) -> Dataset:
     """The sentences padded in the data set, as `padding="max_length"` does."""
-    words = tokenizer()
+    words = copy.deepcopy(tokenizer())  # which all tests share
     words.padding_side = "left" if model == "left" else "right"
     rows = [words(text, padding="max_length", max_length=16) for text in sentences(30)]
     return Dataset.from_dict({key: [row[key] for row in rows] for key in ("input_ids", "attention_mask")})
@@ -252,6 +253,18 @@ def test_rows_padded_in_the_data_set_are_recorded_without_their_padding(tmp_path
     assert [list(row) for row in stage.data] == [list(row) for row in plain.data]
     assert stage.items == plain.items and stage.objective() == pytest.approx(plain.objective(), rel=1e-6)
     assert any("padded on the left" in note for note in stage.record["notes"]) == (side == "left")
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_a_collator_that_pads_on_the_left_is_noted(tmp_path: Path, even: bool) -> None:
+    trainer = pretraining(tmp_path / "run", [nlpinf.StageRecorder()], llama(), max_steps=1)
+    words = copy.deepcopy(tokenizer())
+    words.padding_side = "left"
+    trainer.data_collator.tokenizer = words  # type: ignore[union-attr]
+    if even:
+        trainer.train_dataset = Dataset.from_dict({"input_ids": [row[:4] for row in tokens()["input_ids"]]})
+    stage = Stage.from_run(trained(trainer))
+    assert any("padded on the left" in note for note in stage.record["notes"]) != even
 
 
 @pytest.mark.parametrize("kind", ["prompt", "copied", "masked"])
