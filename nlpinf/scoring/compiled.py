@@ -101,8 +101,8 @@ class CompiledScorer:
         for module, names in inside.items():
             vectors = {local: reverse.stacked[name] for local, name in names.items() if name in reverse.stacked}
             rule = rule_of(module)
-            if rule is linear and "weight" in vectors:
-                vectors["weight"] = lowered(self.stage, vectors["weight"])
+            if rule is linear and names["weight"] in reverse.low:
+                vectors["weight"] = reverse.low[names["weight"]]
             if vectors and rule is not None:
                 self._forwards.append((module, _tapped(module, len(self._layers), s)))
                 self._layers.append((module, rule, vectors))
@@ -164,7 +164,9 @@ class CompiledScorer:
                 end = self._hidden(self._parameters, batch.inputs, zero.requires_grad_(True)).flatten(0, 1)
             with torch.no_grad():
                 x = end.detach()[batch.position]
-                losses, cotangent, shares = through_head(head, stage, x, weights, batch, self.reverse.stacked)
+                losses, cotangent, shares = through_head(
+                    head, stage, x, weights, batch, self.reverse.stacked, self.reverse.low
+                )
                 whole = torch.zeros_like(end).index_copy_(0, batch.position, cotangent)
             (inside,) = torch.autograd.grad(end, zero, whole)
         scores = torch.zeros(len(batch), len(self.reverse.vectors), dtype=torch.float64, device=weights.device)

@@ -144,7 +144,9 @@ def write_compression(path: Path, found: Compression, identity: dict[str, Any]) 
     tensors: dict[str, Tensor] = {}
     for name, matrix in found.matrices.items():
         parts = {"left": matrix.left, "core": matrix.core, "right": matrix.right}
-        tensors |= {f"{which} {name}": tensor.cpu() for which, tensor in parts.items() if tensor is not None}
+        tensors |= {
+            f"{which} {name}": tensor.cpu().contiguous() for which, tensor in parts.items() if tensor is not None
+        }
     summary = {"error": found.error, "measured": asdict(found.measured), "multiplications": found.multiplications}
     metadata = {"compression": json.dumps({**summary, "names": list(found.matrices)}), "identity": json.dumps(identity)}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ For one call of a layer on G groups (sequences, or single counted items) of T pl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,14 @@ class Matrices(ABC):
         """Return Σ_t V_q[id_t] · right_t by example (B, Q); ids (G, T), right (G, T, c)."""
 
 
+def side_by_side(tensors: Sequence[Tensor] | Tensor) -> Tensor:
+    """Return Q tensors as one, (Q, ...), in whose memory the Q values of an entry are neighbours.
+
+    So `bilinear` and `embedding` read them in the order in which they lie, in which products are up to five times as fast.
+    """
+    return torch.stack(list(tensors), -1).movedim(-1, 0)
+
+
 def bilinear(left: Tensor, right: Tensor, vectors: Tensor | Matrices, groups: Groups) -> Tensor:
     """Return Σ_t left_tᵀ V_q right_t by example; left (G, T, r), right (G, T, c), V (Q, r, c).
 
@@ -89,17 +97,35 @@ def bilinear(left: Tensor, right: Tensor, vectors: Tensor | Matrices, groups: Gr
         columns = [_dots(left @ v, right) if narrow else _dots(left, right @ v.T) for v in vectors]
         return groups.summed(torch.stack(columns, 1))
     left, right = groups.gathered(left).transpose(1, 2), groups.gathered(right)
-    total = left.new_zeros(groups.examples, len(vectors))
+    total = left.new_zeros(groups.examples, len(vectors), dtype=torch.promote_types(left.dtype, torch.float32))
     # Blocks over examples and rows of V: the gradients of a vocabulary-sized layer for a batch would not fit in memory.
     block = entries(_BLOCK, left)
     count = max(1, min(groups.examples, block // (16 * right.shape[2])))
-    step = max(1, block // (count * right.shape[2]))
+    step = min(left.shape[1], max(1, block // (count * right.shape[2])))
+    room = left.new_empty(count * step * right.shape[2])  # the same memory for all blocks
     for r in range(0, left.shape[1], step):
         rows = vectors[:, r : r + step].flatten(1).T
         for b in range(0, groups.examples, count):
-            gradient = torch.bmm(left[b : b + count, r : r + step], right[b : b + count])
-            total[b : b + count].addmm_(gradient.flatten(1), rows)
+            one, other = left[b : b + count, r : r + step], right[b : b + count]
+            gradient = room[: len(one) * len(rows)].view(len(one), one.shape[1], other.shape[2])
+            torch.bmm(one, other, out=gradient)
+            total[b : b + count] += gradient.flatten(1) @ rows
     return total
+
+
+def chosen(ids: Tensor, right: Tensor, vectors: Tensor | Matrices, groups: Groups) -> Tensor:
+    """Return Σ_t V_q[id_t] · right_t by example; ids (G, T), right (G, T, c), V (Q, r, c)."""
+    if isinstance(vectors, Matrices):
+        return vectors.chosen(ids, right, groups)
+    if len(vectors) == 1:
+        return groups.summed(torch.linalg.vecdot(right, F.embedding(ids, vectors[0])).sum(1)[:, None])
+    rows = vectors.movedim(0, -1).flatten(1)  # (r, c · Q), as they lie
+    step = max(1, entries(_BLOCK, right) // max(1, rows.shape[1] * ids.shape[1]))
+    found = right.new_empty(len(ids), len(vectors))
+    for g in range(0, len(ids), step):
+        some = rows[ids[g : g + step]].view(-1, right[0].numel(), len(vectors))
+        found[g : g + step] = torch.bmm(right[g : g + step].reshape(len(some), 1, -1), some)[:, 0]
+    return groups.summed(found)
 
 
 def _dots(left: Tensor, right: Tensor) -> Tensor:
@@ -146,10 +172,7 @@ def embedding(
     ids = inputs[0].expand(delta.shape[0], *inputs[0].shape[1:]).reshape(delta.shape[0], -1)
     if module.padding_idx is not None:  # whose vector gets no gradient, wherever it stands
         delta = delta * (ids != module.padding_idx)[..., None]
-    if isinstance(vectors["weight"], Matrices):
-        return {"weight": vectors["weight"].chosen(ids, delta, groups)}
-    columns = [torch.linalg.vecdot(delta, F.embedding(ids, v)).sum(1) for v in vectors["weight"]]
-    return {"weight": groups.summed(torch.stack(columns, 1))}
+    return {"weight": chosen(ids, delta, vectors["weight"], groups)}
 
 
 def normalisation(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nlpinf.scoring.layers import Groups, Matrices, bilinear
+from nlpinf.scoring.layers import Groups, Matrices, bilinear, chosen, side_by_side
 
 GATHER = 8  # multiplications in the time that one entry of a table row is fetched
 _LARGEST = 4096  # of a side whose second moments are held whole, and whose spectrum is taken
@@ -32,6 +32,9 @@ class LowRank(Matrices):
     core: Tensor
     right: Tensor | None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "core", side_by_side(self.core))
+
     def __len__(self) -> int:
         return len(self.core)
 
@@ -42,8 +45,7 @@ class LowRank(Matrices):
         right = _onto(right, self.right)
         if self.left is not None:
             return bilinear(self.left[ids], right, self.core, groups)
-        columns = [torch.linalg.vecdot(right, c[ids]).sum(1) for c in self.core]
-        return groups.summed(torch.stack(columns, 1))
+        return chosen(ids, right, self.core, groups)
 
     @property
     def dense(self) -> Tensor:
@@ -247,7 +249,7 @@ def reduced(vectors: Tensor, found: Spectrum, k: int | None, l: int | None) -> L
         bases.append(found.right.back[:, :l].to(vectors.dtype).contiguous())
     left = bases[0] if k is not None else None
     right = bases[-1] if l is not None else None
-    return LowRank(left, core.to(vectors.dtype).contiguous(), right)
+    return LowRank(left, core.to(vectors.dtype), right)
 
 
 def multiplications(spectra: Iterable[Spectrum], chosen: Iterable[tuple[int | None, int | None]]) -> float:

@@ -31,7 +31,7 @@ from nlpinf.parameters import Parameters
 from nlpinf.pieces import entries
 from nlpinf.scoring.forward import BatchScores, forward_scores
 from nlpinf.scoring.head import CHUNK, Head, linear_head
-from nlpinf.scoring.layers import Groups, Matrices, Rule, Vectors, linear, rule_of, takes_matrices
+from nlpinf.scoring.layers import Groups, Matrices, Rule, Vectors, linear, rule_of, side_by_side, takes_matrices
 from nlpinf.stages import Stage, evaluation
 from nlpinf.tasks import Batch
 
@@ -52,10 +52,13 @@ class ReverseScorer:
 
     def __init__(self, stage: Stage, vectors: list[Parameters]) -> None:
         self.stage, self.vectors = stage, vectors
-        self.stacked: Vectors = {name: torch.stack([v[name] for v in vectors]) for name in vectors[0]}
+        self.stacked: Vectors = {name: side_by_side([v[name] for v in vectors]) for name in vectors[0]}
         self.calls = {module: names for module, names in _owned(stage.model).items() if rule_of(module) is not None}
         known = {name for names in self.calls.values() for name in names.values()}
         self.covered = [name for name in self.stacked if name in known]
+        maps = {names["weight"] for module, names in self.calls.items() if rule_of(module) is linear}
+        # What linear maps meet in the precision of their products, rounded once and not for every batch.
+        self.low: Vectors = {n: lowered(stage, v) for n, v in self.stacked.items() if n in maps and stage.precision}
         self.probes = list(_probes(stage))
         self.head = linear_head(stage, self.probes[0])
         self._met: set[str] | None = None  # parameters of the layers that a probe called, once all are through
@@ -84,7 +87,9 @@ class ReverseScorer:
     def replaced(self, matrices: Mapping[str, Matrices]) -> ReverseScorer:
         """Return a scorer in which these stand for the query vectors' parts of the same names."""
         other = copy.copy(self)
-        other.stacked = {**self.stacked, **{name: matrices[name] for name in self.matrices if name in matrices}}
+        changed = {name: matrices[name] for name in self.matrices if name in matrices}
+        other.stacked = {**self.stacked, **changed}
+        other.low = {name: vector for name, vector in self.low.items() if name not in changed}
         return other
 
     def __call__(self, batch: Batch) -> BatchScores:
@@ -103,7 +108,8 @@ class ReverseScorer:
         while True:
             try:
                 chosen = {n: vectors[n] for n in self.covered if n in vectors}
-                losses, found = reverse_pass(stage or self.stage, self.calls, chosen, batch, self.head)
+                low = self.low if vectors is self.stacked else {}
+                losses, found = reverse_pass(stage or self.stage, self.calls, chosen, batch, self.head, low)
                 if self._met is not None and (new := found.keys() - self._met):
                     raise _Uncovered(set(new))  # a layer for rare tokens: nothing has been compared
                 return losses, found
@@ -149,11 +155,19 @@ def reverse_scores(stage: Stage, vectors: list[Parameters], batch: Batch) -> Bat
 
 
 def reverse_pass(
-    stage: Stage, calls: dict[nn.Module, dict[str, str]], vectors: Vectors, batch: Batch, head: Head | None = None
+    stage: Stage,
+    calls: dict[nn.Module, dict[str, str]],
+    vectors: Vectors,
+    batch: Batch,
+    head: Head | None = None,
+    low: Vectors | None = None,
 ) -> tuple[Tensor, Parameters]:
-    """Return g(z) (B,) and the shares of the parameters in `vectors`, each (Q, ...), by name: (B, Q) in float64."""
+    """Return g(z) (B,) and the shares of the parameters in `vectors`, each (Q, ...), by name: (B, Q) in float64.
+
+    `low` has those of linear maps in the stage's precision, where they were rounded before.
+    """
     inside = {module: names for module, names in calls.items() if head is None or module is not head.module}
-    watch = _Watch(stage, inside, vectors, batch)
+    watch = _Watch(stage, inside, vectors, low or {}, batch)
     weights = stage.item_weights(batch)
     with evaluation(stage.model), torch.enable_grad():
         with watch.installed():
@@ -164,7 +178,7 @@ def reverse_pass(
                 losses = stage.task.losses(end.detach(), batch)
                 cotangent = weights[:, None] * stage.task.loss.gradient(end.detach(), batch.targets)
             else:
-                losses, cotangent, shares = through_head(head, stage, end.detach(), weights, batch, vectors)
+                losses, cotangent, shares = through_head(head, stage, end.detach(), weights, batch, vectors, low)
                 for name, share in shares.items():
                     watch.count(name, share)
         if end.requires_grad:
@@ -176,7 +190,7 @@ def reverse_pass(
 
 
 def through_head(
-    head: Head, stage: Stage, x: Tensor, weights: Tensor, batch: Batch, vectors: Vectors
+    head: Head, stage: Stage, x: Tensor, weights: Tensor, batch: Batch, vectors: Vectors, low: Vectors | None = None
 ) -> tuple[Tensor, Tensor, Parameters]:
     """Return ℓ (I,), the cotangent of the hidden states x (I, d), and the output layer's shares, (B, Q) by name, in chunks."""
     losses, cotangent = x.new_empty(len(x)), torch.empty_like(x)
@@ -184,11 +198,12 @@ def through_head(
     mine = {local: vectors[name] for local, name in names.items() if name in vectors}
     queries = len(next(iter(vectors.values()), x[:0]))
     shares = {names[local]: x.new_zeros(len(batch), queries, dtype=torch.float64) for local in (mine if len(x) else ())}
-    low = lowered(stage, stage.parameters[head.weight])  # once, not for every chunk
-    mine = {local: lowered(stage, vector) if local == "weight" else vector for local, vector in mine.items()}
+    weight = lowered(stage, stage.parameters[head.weight])  # once, not for every chunk
+    if "weight" in mine:
+        mine["weight"] = low[head.weight] if low and head.weight in low else lowered(stage, mine["weight"])
     # Many queries read their vectors once a chunk, so their chunks are larger.
     for part in head.parts(x, entries(4 * CHUNK if queries > 1 else CHUNK, x)):
-        losses[part], delta, cotangent[part] = head.cotangents(stage, batch.targets, weights, x, part, low)
+        losses[part], delta, cotangent[part] = head.cotangents(stage, batch.targets, weights, x, part, weight)
         examples, owner = torch.unique(batch.example[part], return_inverse=True)
         for local, share in linear(head.module, (x[part],), delta, mine, Groups(owner, len(examples))).items():
             shares[names[local]].index_add_(0, examples, share.double())
@@ -207,11 +222,13 @@ def lowered(stage: Stage, matrix: Any) -> Any:
 class _Watch:
     """Hooks on the layers for one forward and backward pass."""
 
-    def __init__(self, stage: Stage, calls: dict[nn.Module, dict[str, str]], vectors: Vectors, batch: Batch) -> None:
+    def __init__(
+        self, stage: Stage, calls: dict[nn.Module, dict[str, str]], vectors: Vectors, low: Vectors, batch: Batch
+    ) -> None:
         self.calls = {
             module: {local: name for local, name in names.items() if name in vectors} for module, names in calls.items()
         }
-        self.vectors = vectors
+        self.vectors, self.low = vectors, low
         self.inside = {name: stage.parameters[name] for name in vectors}
         self.leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in self.inside.items()}
         self.sequences = Groups(batch.sequence, len(batch))
@@ -277,7 +294,8 @@ class _Watch:
     ) -> None:
         with torch.no_grad():
             try:
-                found = rule(module, (a,), delta, {local: self.vectors[name] for local, name in names.items()}, groups)
+                met = {**self.vectors, **self.low} if rule is linear else self.vectors
+                found = rule(module, (a,), delta, {local: met[name] for local, name in names.items()}, groups)
             except OutOfMemory:
                 raise
             except (RuntimeError, NotImplementedError):

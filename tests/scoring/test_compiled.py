@@ -57,6 +57,18 @@ def test_low_precision_forward_mode_keeps_the_output_layer_and_the_sums_in_float
     assert 1e-6 < apart(low.scores, exact.scores) < 0.05
 
 
+def test_low_precision_reverse_mode_of_many_queries_is_near_each_querys_own() -> None:
+    stage = pretrain_stage("gpt2 sdpa", torch.float32)  # whose output layer is tied to its embedding
+    vectors = directions(stage, 5)
+    low = ReverseScorer(stage.at("bfloat16"), vectors)
+    assert low.low and all(vector.dtype == torch.bfloat16 for vector in low.low.values())
+    batch = next(iter(stage.batches()))
+    found = low(batch).scores
+    for q, vector in enumerate(vectors):
+        exact = ForwardScorer(stage, [vector])(batch).scores
+        assert 1e-6 < apart(found[:, q : q + 1], exact) < 0.05
+
+
 def test_what_low_precision_cannot_do_is_refused() -> None:
     vectors = query_vectors(pretrain_stage("gpt2 sdpa", torch.float32))
     with pytest.raises(BadInput, match="score in bfloat16"):

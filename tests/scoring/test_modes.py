@@ -43,6 +43,18 @@ def test_modes_agree_with_a_loop_of_autograd(family: str, queries: int) -> None:
     assert set(reverse.uncovered) == uncovered.get(family, set())
 
 
+@pytest.mark.parametrize("block", [1, 300, 5000])
+def test_blocks_of_any_size_change_no_score(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr("nlpinf.scoring.layers._BLOCK", block)
+    stage = pretrain_stage("gpt2 sdpa")
+    vectors = directions(stage, 3)
+    truth, _ = by_loop(stage, vectors)
+    reverse = ReverseScorer(stage, vectors)
+    assert not reverse.uncovered
+    for batch in replace(stage, batch_size=5).batches():
+        assert apart(reverse(batch).scores, truth[batch.rows]) < 1e-10
+
+
 @pytest.mark.parametrize("family", ["bert sdpa", "gpt2 sdpa", "lstm tagger"])
 def test_modes_agree_in_single_precision(family: str) -> None:
     stage = pretrain_stage(family, torch.float32)
