@@ -37,7 +37,8 @@ from nlpinf.parameters import Parameters
 from nlpinf.pieces import entries
 from nlpinf.stages import Stage, fingerprint
 
-_BLOCK = 1 << 23  # entries of the examples' gradients that are held at a time
+_BLOCK = 1 << 20  # entries of the examples' gradients that are held at a time, which a cache holds
+_TOGETHER = 16  # examples whose gradients are squared at a time
 _FORMAT = 2
 _ROWS = "the positions of the examples"  # the name of their tensor in a file
 
@@ -360,12 +361,20 @@ def _add_squares(uses: list[Use], factor: Factor) -> None:
     left, right = torch.cat([u.left for u in outer], 1), torch.cat([u.right for u in outer], 1)
     left, right = left if ql is None else left @ ql, right if qr is None else right @ qr
     _, r, c = total.shape
-    step = max(1, entries(_BLOCK, left) // (r * c))
-    for b in range(0, len(left), step):
-        g = left[b : b + step].mT @ right[b : b + step]
-        if ids is not None and words is not None:
-            g.scatter_add_(1, ids[b : b + step, :, None].expand(-1, -1, c), words[b : b + step])
-        total[0] += g.square_().sum(0) if len(g) > 1 else g.square_()[0]
+    count = min(_TOGETHER, len(left))
+    step = min(r, max(1, entries(_BLOCK, left) // (count * c)))
+    room = left.new_empty(count * step * c)  # the same memory for all blocks
+    for first in range(0, r, step):
+        for b in range(0, len(left), count):
+            some = left[b : b + count, :, first : first + step].mT
+            g = room[: some.shape[0] * some.shape[1] * c].view(*some.shape[:2], c)
+            torch.bmm(some, right[b : b + count], out=g)
+            if ids is not None and words is not None:
+                rows_of = ids[b : b + count] - first
+                inside = (rows_of >= 0) & (rows_of < some.shape[1])
+                where = rows_of + torch.arange(len(some), device=rows_of.device)[:, None] * some.shape[1]
+                g.view(-1, c).index_add_(0, where[inside], words[b : b + count][inside])
+            total[0, first : first + step] += g.square_().sum(0)
 
 
 def _add_row_squares(ids: Tensor, words: Tensor, total: Tensor) -> None:

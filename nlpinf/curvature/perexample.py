@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nlpinf import processes
 from nlpinf.parameters import Parameters
+from nlpinf.pieces import pieces
 from nlpinf.stages import Stage, evaluation
 from nlpinf.tasks import Batch
 
@@ -64,19 +65,30 @@ Uses = dict[str, list[Use]]
 def square_roots(stage: Stage, batch: Batch, outputs: Tensor, seed: int) -> Iterator[Tensor]:
     """Yield the cotangents u (I, classes) of the module's docstring; their signs are a function of (seed, row, item)."""
     weights, loss, targets = stage.item_weights(batch).sqrt()[:, None], stage.task.loss, batch.targets
+    drawn = _drawn(batch, seed, outputs.shape[1] if outputs.shape[1] > EXACT else 1)
+    bits = torch.arange(256, device=drawn.device)[:, None] >> torch.arange(8, device=drawn.device) & 1
+    table = (1 - 2 * bits).to(outputs)  # of every byte, a sign for each of its bits
     if outputs.shape[1] > EXACT:
-        yield weights * loss.root_product(outputs, targets, _signs(batch, seed, outputs))
+        found = torch.empty_like(outputs)
+        for part in pieces(outputs):
+            product = loss.root_product(outputs[part], targets[part], _signs(drawn[part], table, outputs.shape[1]))
+            torch.mul(product, weights[part], out=found[part])
+        yield found
         return
-    signs = _signs(batch, seed, outputs[:, :1])
+    signs = _signs(drawn, table, 1)
     for unit in torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device):
         yield weights * signs * loss.root_product(outputs, targets, unit.expand_as(outputs))
 
 
-def _signs(batch: Batch, seed: int, like: Tensor) -> Tensor:
-    """Return −1 or 1 in the shape (I, n) of `like`: 48 of them from each number that is drawn."""
-    drawn = (batch.uniform(seed, -(-like.shape[1] // 48)) * 2**48).long()
-    bits = drawn[:, :, None] >> torch.arange(48, device=drawn.device) & 1
-    return (1 - 2 * bits).flatten(1)[:, : like.shape[1]].to(like)
+def _drawn(batch: Batch, seed: int, width: int) -> Tensor:
+    """Return random bytes (I, at least width / 8) in int64, six from each number that is drawn."""
+    drawn = (batch.uniform(seed, -(-width // 48)) * 2**48).long()
+    return (drawn[:, :, None] >> torch.arange(0, 48, 8, device=drawn.device) & 255).flatten(1)
+
+
+def _signs(drawn: Tensor, table: Tensor, width: int) -> Tensor:
+    """Return −1 or 1 (I, width) for the bits of random bytes (I, bytes)."""
+    return F.embedding(drawn, table).flatten(1)[:, :width]
 
 
 class PerExample:
@@ -286,12 +298,14 @@ class _Calls:
         if self.alone:
             return values.reshape(1, -1, values.shape[-1])
         counts = torch.bincount(owner, minlength=self.examples)
+        if bool((owner[1:] < owner[:-1]).any()):
+            order = torch.argsort(owner, stable=True)
+            owner, values = owner[order], values[order]
         if len(owner) == self.examples and bool((counts == 1).all()):
-            return values[torch.argsort(owner)]
-        order = torch.argsort(owner, stable=True)
-        number = torch.arange(len(order), device=owner.device) - (torch.cumsum(counts, 0) - counts)[owner[order]]
+            return values
+        number = torch.arange(len(owner), device=owner.device) - (torch.cumsum(counts, 0) - counts)[owner]
         padded = values.new_zeros(self.examples, int(counts.max()), *values.shape[1:])
-        padded[owner[order], number] = values[order]
+        padded[owner, number] = values
         return padded.flatten(1, 2)
 
 
