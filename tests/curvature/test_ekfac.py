@@ -118,6 +118,17 @@ def test_eigenvalues_are_the_second_moments_of_single_examples_in_the_basis(name
     assert plain.mean_eigenvalue() == pytest.approx(ekfac.mean_eigenvalue(), rel=1e-10)
 
 
+@pytest.mark.parametrize("name", ["bert sdpa", "gpt2 sdpa", "elmo", "tied"])  # the first two with words tied to outputs
+def test_blocks_of_any_size_change_no_eigenvalue(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("nlpinf.curvature.ekfac._BLOCK", 48)
+    monkeypatch.setattr("nlpinf.curvature.ekfac._TOGETHER", 3)
+    monkeypatch.setattr("nlpinf.pieces.ENTRIES", 40)
+    stage = stages()[name]
+    ekfac = EKFAC.fit(stage)
+    for parameter, expected in moments(stage, ekfac).items():
+        assert torch.allclose(ekfac.factors[parameter].eigenvalues, expected, rtol=1e-8, atol=1e-14), parameter
+
+
 @pytest.mark.parametrize("name", ["bert sdpa", "shared", "tied", "moody"])
 def test_batches_and_padding_play_no_part(name: str) -> None:
     stage = stages()[name]
