@@ -101,7 +101,7 @@ class CompiledScorer:
         for module, names in inside.items():
             vectors = {local: reverse.stacked[name] for local, name in names.items() if name in reverse.stacked}
             rule = rule_of(module)
-            if rule is linear and names["weight"] in reverse.low:
+            if rule is linear and names.get("weight") in reverse.low:
                 vectors["weight"] = reverse.low[names["weight"]]
             if vectors and rule is not None:
                 self._forwards.append((module, _tapped(module, len(self._layers), s)))

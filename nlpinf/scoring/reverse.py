@@ -56,7 +56,7 @@ class ReverseScorer:
         self.calls = {module: names for module, names in _owned(stage.model).items() if rule_of(module) is not None}
         known = {name for names in self.calls.values() for name in names.values()}
         self.covered = [name for name in self.stacked if name in known]
-        maps = {names["weight"] for module, names in self.calls.items() if rule_of(module) is linear}
+        maps = {names.get("weight") for module, names in self.calls.items() if rule_of(module) is linear}
         # What linear maps meet in the precision of their products, rounded once and not for every batch.
         self.low: Vectors = {n: lowered(stage, v) for n, v in self.stacked.items() if n in maps and stage.precision}
         self.probes = list(_probes(stage))

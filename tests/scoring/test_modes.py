@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from nlpinf import parameters as P
 from nlpinf.scoring.forward import ForwardScorer, forward_scores
@@ -180,12 +181,25 @@ class Convolution(nn.Module):
         return self.out(torch.tanh(self.over(self.words(ids).transpose(1, 2)).transpose(1, 2)))
 
 
+class Pruned(nn.Module):
+    """A linear layer whose weight is made of another parameter before each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.out = nn.Embedding(7, 4), nn.Linear(4, 3)
+        prune.custom_from_mask(self.out, "weight", torch.arange(12).view(3, 4) % 3 > 0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.words(ids)))
+
+
 ODD: dict[str, tuple[type[nn.Module], set[str]]] = {
     "raw": (Raw, {"words.weight", "gain"}),
     "positions": (Positions, set()),
     "experts": (Experts, {f"experts.{k}.{n}" for k in (0, 1) for n in ("weight", "bias")}),
     "time first": (TimeFirst, {"words.weight", "mix.weight", "mix.bias", "out.weight", "out.bias"}),
     "subclassed": (Subclassed, set()),
+    "pruned": (Pruned, {"out.weight_orig"}),
     "convolution": (Convolution, {"out.parametrizations.weight.original", "out.bias"}),
 }
 
