@@ -13,6 +13,7 @@ from nlpinf.adapters.chains import chain_from_runs
 from nlpinf.adapters.folders import FORMAT, RECORD, file_sha256, one_line, read_json, versions, weight_files, write_json
 from nlpinf.adapters.openers import AUTO_MODELS, build_task, opener_of, quiet_loading
 from nlpinf.adapters.runs import stage_from_run
+from nlpinf.adapters.supported import check_supported
 from nlpinf.data.corpus import examples_sha256
 from nlpinf.errors import BadInput
 from nlpinf.parameters import tied_groups
@@ -70,7 +71,11 @@ def new_model(
     torch.manual_seed(seed)
     try:
         with quiet_loading():
-            return AUTO_MODELS[task].from_config(AutoConfig.for_model(kind, **{**defaults, **fields}))
+            made = AutoConfig.for_model(kind, **{**defaults, **fields})
+            check_supported(made, "the model config", task)
+            return AUTO_MODELS[task].from_config(made)
+    except BadInput:
+        raise
     except Exception as error:  # of values that its configuration or its layers refuse, each in its own way
         raise BadInput(f"a {kind} model of {fields} cannot be made for {task}: {one_line(error)}") from error
 

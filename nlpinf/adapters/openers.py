@@ -99,7 +99,7 @@ class HuggingFace(Opener):
     def _model(self, folder: Path, trust_remote_code: bool) -> Any:
         if (folder / HEAD).exists():
             return TextClassifier.from_pretrained(folder)
-        check_supported(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), folder)
+        check_supported(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), folder, self.name)
         model, loading = AUTO_MODELS[self.name].from_pretrained(
             folder, output_loading_info=True, trust_remote_code=trust_remote_code
         )

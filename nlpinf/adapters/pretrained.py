@@ -38,7 +38,7 @@ def open_pretrained(task: str, folder: Path, seed: int) -> nn.Module:
     try:
         with quiet_loading():
             config = AutoConfig.from_pretrained(folder)
-            check_supported(config, folder)
+            check_supported(config, folder, task)
             for name in config.to_dict():
                 if name.endswith(("dropout", "dropout_prob", "pdrop")) and name != "classifier_dropout":
                     setattr(config, name, 0.0)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BertForMaskedLM, BertModel, GPT2LMHeadModel
 
 from nlpinf import MaskedLM, Stage
+from nlpinf.adapters.huggingface import new_model
 from nlpinf.adapters.pretrained import head_names, open_pretrained, open_tokenizer
 from nlpinf.checks import check
 from nlpinf.data.shipped import resolve
@@ -79,6 +80,19 @@ def test_what_cannot_be_attributed_is_refused_with_a_reason(encoder: Path) -> No
     (encoder / "config.json").write_text(json.dumps({**quantised, "model_type": "bert"}))
     with pytest.raises(BadInput, match=r"quantised .gptq., which have no derivatives"):
         open_pretrained("masked_lm", encoder, 0)
+
+
+def test_an_encoder_is_no_causal_language_model(encoder: Path) -> None:
+    """Of which every place would see the word that it predicts: a loss of nearly nothing, and scores of nothing."""
+    with pytest.raises(BadInput, match=r"bert model sees the words .* is_decoder=true; take the task masked_lm"):
+        open_pretrained("causal_lm", encoder, 0)
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    with pytest.raises(BadInput, match="bert model sees the words"):
+        new_model("causal_lm", {"type": "bert", **small}, tokenizer(), 12, 0)
+    decoder = new_model("causal_lm", {"type": "bert", "is_decoder": True, **small}, tokenizer(), 12, 0).eval()
+    ids = torch.arange(5, 11)[None]
+    changed = torch.cat([ids[:, :-1], ids[:, -1:] - 2], 1)
+    assert torch.equal(decoder(ids).logits[:, :-1], decoder(changed).logits[:, :-1])
 
 
 @pytest.mark.slow
