@@ -23,6 +23,8 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         with quiet_loading():
             return tokenizer_in(folder)
+    except BadInput:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{folder}: has no tokenizer that can be opened: {one_line(error)}") from error
 
@@ -43,6 +45,8 @@ def open_pretrained(task: str, folder: Path, seed: int) -> nn.Module:
                 if name.endswith(("dropout", "dropout_prob", "pdrop")) and name != "classifier_dropout":
                     setattr(config, name, 0.0)
             model, loading = AUTO_MODELS[task].from_pretrained(folder, config=config, output_loading_info=True)
+    except BadInput:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: cannot be opened as a {task} model: {one_line(error)}") from error
     head, missing = set(head_names(model)), set(loading["missing_keys"])

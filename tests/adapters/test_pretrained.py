@@ -82,9 +82,18 @@ def test_what_cannot_be_attributed_is_refused_with_a_reason(encoder: Path) -> No
         open_pretrained("masked_lm", encoder, 0)
 
 
+def test_a_folder_without_a_tokenizer_is_told_once(encoder: Path) -> None:
+    for path in encoder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(BadInput, match=rf"^{encoder}: has no tokenizer with words in it; save"):
+        open_tokenizer(encoder)
+
+
 def test_an_encoder_is_no_causal_language_model(encoder: Path) -> None:
     """Of which every place would see the word that it predicts: a loss of nearly nothing, and scores of nothing."""
-    with pytest.raises(BadInput, match=r"bert model sees the words .* is_decoder=true; take the task masked_lm"):
+    with pytest.raises(
+        BadInput, match=rf"^{encoder}: a bert model sees the words .* is_decoder=true; take the task masked_lm"
+    ):
         open_pretrained("causal_lm", encoder, 0)
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     with pytest.raises(BadInput, match="bert model sees the words"):
