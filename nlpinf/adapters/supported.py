@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import (
 from nlpinf.errors import BadInput
 
 
-def check_causal(config: Any, where: Any) -> None:
+def _check_causal(config: Any, where: Any) -> None:
     """Raise `BadInput` for an encoder as a causal language model, in which every place would see the word that it predicts."""
     both = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() & MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
     causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)  # XLM's
@@ -39,4 +39,4 @@ def check_supported(config: Any, where: Any, task: str) -> None:
             "derivatives; give the weights that they were made from, in float32 or bfloat16"
         )
     if task == "causal_lm":
-        check_causal(config, where)
+        _check_causal(config, where)

@@ -92,15 +92,16 @@ def tokenizer_in(folder: Path, *, trust_remote_code: bool = False) -> PreTrained
 
     Where files lack, transformers 5 makes one that knows no word but its special ones, and 4 ends in a `TypeError`.
     """
+    cause: TypeError | None = None
+    told = ""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except TypeError as error:
-        cause: TypeError | None = error
+        cause, told = error, f" ({' '.join(str(error).split())[:160]})"  # which may be of another reason
     else:
         if len(tokenizer) > len(set(tokenizer.all_special_ids)):
             return tokenizer  # type: ignore[no-any-return]
-        cause = None
     raise BadInput(
-        f"{folder}: has no tokenizer with words in it; save the run's there (tokenizer.save_pretrained, or "
+        f"{folder}: has no tokenizer with words in it{told}; save the run's there (tokenizer.save_pretrained, or "
         "Trainer(processing_class=tokenizer))"
     ) from cause
