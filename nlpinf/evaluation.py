@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import activations
 
+from nlpinf import products
+
 # The same functions as one kernel, with one for each derivative: written out, they are a dozen passes over memory.
 _FUSED: dict[type[nn.Module], Callable[..., Any]] = {
     activations.NewGELUActivation: partial(F.gelu, approximate="tanh"),
@@ -47,6 +49,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             if type(module) is nn.Embedding and module.padding_idx is not None and module.max_norm is None:
                 stack.enter_context(replaced(module, partial(_looked_up, module)))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(products.fast())
         if recurrent:
             with warnings.catch_warnings():  # PyTorch's setter speaks of GPUs that a CPU-only build does not support
                 warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")

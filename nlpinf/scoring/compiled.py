@@ -14,11 +14,13 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from nlpinf import products
 from nlpinf.evaluation import replaced
 from nlpinf.scoring.forward import BatchScores
 from nlpinf.scoring.layers import Groups, Rule, Vectors, embedding, linear, normalisation, rule_of
@@ -28,6 +30,7 @@ from nlpinf.tasks.base import logits_of
 
 FUSED = 1  # queries up to which the rules are part of the graph
 _TRACED = (linear, embedding, normalisation)
+_UNFUSED_UP_TO = 128  # places of a row that attention is not done by the fused kernel for
 # Largest disagreement with the same scores uncompiled, relative to their layers' shares.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 
@@ -160,7 +163,8 @@ class CompiledScorer:
         weights = stage.item_weights(batch)
         zero = torch.zeros(len(batch.sequence), len(self.reverse.vectors), dtype=torch.float64, device=weights.device)
         with self._installed(batch), torch.enable_grad():
-            with torch._dynamo.config.patch(recompile_limit=64):  # which all scorers of a process share
+            # The limit is shared by all scorers of a process; the patterns would put fused attention back.
+            with torch._dynamo.config.patch(recompile_limit=64), torch._inductor.config.patch(pattern_matcher=False):
                 end = self._hidden(self._parameters, batch.inputs, zero.requires_grad_(True)).flatten(0, 1)
             with torch.no_grad():
                 x = end.detach()[batch.position]
@@ -180,8 +184,9 @@ class CompiledScorer:
         with ExitStack() as stack:
             for module, forward in [*self._forwards, (head.module, _identity)]:
                 stack.enter_context(replaced(module, forward))
-            if self.stage.precision is not None and self.stage.device.type == "cpu":
-                stack.enter_context(_float32_attention())
+            if self.stage.device.type == "cpu":
+                stack.enter_context(_attention())
+            stack.enter_context(products.fast())
             model.eval()
             _Pass.layers, _Pass.groups = self._layers, Groups(torch.arange(len(batch.sequence)), len(batch.sequence))
             try:
@@ -193,17 +198,26 @@ class CompiledScorer:
 
 
 @contextmanager
-def _float32_attention() -> Iterator[None]:
-    """Run fused attention in float32 within: on short rows its backward pass in bfloat16 takes five times as long."""
+def _attention() -> Iterator[None]:
+    """Run attention in float32 at least within, where its backward pass takes a fifth of the time, and unfused on short rows.
+
+    The fused kernel's many small products take longer than those of whole batches, which a short row has memory for.
+    """
     fused = F.scaled_dot_product_attention
 
     def attention(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        if attn_mask is not None and attn_mask.is_floating_point():
-            attn_mask = attn_mask.float()
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros((), dtype=dtype).masked_fill(~attn_mask, -torch.inf)
+        elif attn_mask is not None:
+            attn_mask = attn_mask.to(dtype)
         with torch.autocast(query.device.type, enabled=False):
-            return fused(query.float(), key.float(), value.float(), attn_mask, *args, **kwargs)
+            given = query.to(dtype), key.to(dtype), value.to(dtype), attn_mask
+            if key.shape[-2] <= _UNFUSED_UP_TO:
+                return torch.ops.aten._scaled_dot_product_attention_math(*given, *args, **kwargs)[0]
+            return fused(*given, *args, **kwargs)
 
     F.scaled_dot_product_attention = attention
     try:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nlpinf.errors import BadInput
-from nlpinf.scoring import score
+from nlpinf.scoring import compiled, score
 from nlpinf.scoring.compiled import CannotCompile, CompiledScorer
 from nlpinf.scoring.forward import ForwardScorer
 from nlpinf.scoring.reverse import ReverseScorer
@@ -21,8 +21,14 @@ from tests.scoring.common import apart, by_loop, directions, pretrain_stage, que
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
 
 
-@pytest.mark.parametrize(("family", "queries"), [("bert sdpa", 1), ("gpt2 eager", 3)])
-def test_a_loop_of_autograd_agrees_with_batches_of_every_shape(family: str, queries: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "queries", "unfused"),
+    [("bert sdpa", 1, 128), ("bert sdpa", 1, 0), ("gpt2 sdpa", 1, 8), ("gpt2 eager", 3, 128)],
+)
+def test_a_loop_of_autograd_agrees_with_batches_of_every_shape(
+    family: str, queries: int, unfused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "_UNFUSED_UP_TO", unfused)  # so that rows are on either side of the limit
     stage = pretrain_stage(family)
     vectors = directions(stage, queries)
     scorer = CompiledScorer(ReverseScorer(stage, vectors), backend="aot_eager")
