@@ -1,11 +1,6 @@
 """nlpinf: which sentences of a pretraining corpus help or harm a finetuned model."""
 
-import os
 from typing import Any
-
-# Read by MKL at its first product: the same product has the same bits wherever its matrices lie, as what is resumed must.
-# By default that does not hold on AMD's processors; it costs no time.
-os.environ.setdefault("MKL_CBWR", "AUTO")
 
 from nlpinf.damping import Relative
 from nlpinf.data.corpus import Corpus, read_labelled

@@ -7,6 +7,7 @@ the processor has matrix tiles (AMX); elsewhere its products are float32's own, 
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,3 +82,9 @@ def _amd() -> bool:
         return platform.machine() in ("x86_64", "AMD64") and "AuthenticAMD" in _CPUINFO.read_text()[:4096]
     except OSError:
         return False
+
+
+if _amd():
+    # Read by MKL at its first product. By default the last bits depend there on where matrices lie, and what is resumed
+    # must end in the same ones; it costs no time.
+    os.environ.setdefault("MKL_CBWR", "AUTO")
