@@ -130,7 +130,7 @@ def nlpinf(job: Job, folder: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from nlpinf import CG, CausalLM, Chain, Query, Stage, query_vectors
+    from nlpinf import CG, CausalLM, Chain, Query, Relative, Stage, query_vectors
 
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>")
     stage = Stage(job.model(), CausalLM(words, WIDTH), job.corpus, reduction="example")
@@ -139,7 +139,7 @@ def nlpinf(job: Job, folder: Path) -> None:
     began = time.perf_counter()
     vectors = query_vectors(
         Chain([stage]), queries[: job.queries], sample=max(32, job.fit // job.queries), allow_unconverged=True,
-        solver=CG(max_iterations=3),
+        solver=CG(max_iterations=3), damping=Relative(0.1),  # of the mean eigenvalue, as kronfluence takes it
     )  # fmt: skip
     fit = time.perf_counter() - began
     import pyarrow.parquet as pq
