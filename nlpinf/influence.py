@@ -246,6 +246,8 @@ def query_vectors(
         more["error_bars"] = {"samples": repeats, "rows": sizes, "unseen": unseen}
     else:
         vectors, verdicts = pulled(_rows(chain, sample, 1) if steps is None else [])
+    if any(truncated := [query.truncated(last) for query in queries]):
+        more["truncated"] = truncated
     settings = {
         "stages": [
             {

@@ -78,6 +78,11 @@ class Query:
             )
         return result
 
+    def truncated(self, stage: Stage) -> int:
+        """Return how many examples are longer than the task takes, so that q is of their beginnings; 0 if it does not tell."""
+        _, cut = stage.task.encode_marked(list(self.examples))
+        return 0 if cut is None else int(cut.sum())
+
     def _batches(self, stage: Stage) -> list[Batch]:
         task = stage.task
         encoded = task.encode(list(self.examples))

@@ -7,7 +7,9 @@ import torch
 
 from nlpinf import parameters as P
 from nlpinf.errors import BadInput
+from nlpinf.influence import query_vectors
 from nlpinf.queries import Query
+from nlpinf.solvers import CG
 from nlpinf.stages import Stage
 from nlpinf.tasks import Classification, MaskedLM
 from tests import oracle
@@ -88,6 +90,22 @@ def test_a_masked_query_has_masks_of_its_own() -> None:
     batches = Query.mean_loss(TEXTS)._batches(own)
     expected = task.collate(task.encode(TEXTS), range(len(TEXTS), 2 * len(TEXTS)))
     assert torch.equal(batches[0].inputs["input_ids"], expected.inputs["input_ids"])
+
+
+def test_texts_that_are_cut_are_counted() -> None:
+    """A text longer than the finetuned model's rows has the loss of its beginning, and that is said."""
+    c = case("bert eager", "frozen")
+    last = c.chain.stages[1]
+    short, long = c.asked[0], {**c.asked[0], "text": " ".join([c.asked[0]["text"]] * 9)}
+    longer = {**long, "text": long["text"] + " again"}
+    assert Query.loss(long).value(last) == pytest.approx(Query.loss(longer).value(last), rel=1e-12)
+    queries = [Query.mean_loss([short, long, longer]), Query.loss(short)]
+    settings = query_vectors(c.chain, queries, solver=CG(max_iterations=1), allow_unconverged=True).settings
+    assert settings["truncated"] == [2, 0]
+    assert (
+        "truncated"
+        not in query_vectors(c.chain, queries[1:], solver=CG(max_iterations=1), allow_unconverged=True).settings
+    )
 
 
 def test_bad_queries_are_refused() -> None:

@@ -155,9 +155,13 @@ def shown(text: str | None, width: int = 110) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def sampling_lines(settings: Mapping[str, Any]) -> list[str]:
-    """Return what a query's manifest tells of a curvature sample that grew, and of error bars."""
+def settings_lines(settings: Mapping[str, Any]) -> list[str]:
+    """Return what a query's manifest tells of texts that were cut, of a curvature sample that grew, and of error bars."""
     lines = []
+    if cut := max(settings.get("truncated", [0])):
+        lines.append(
+            f"{cut:,} of a query's texts were cut at the max_length of the finetuned model; their losses are of their beginnings."
+        )
     if growth := settings.get("growth"):
         for size in growth["sizes"]:
             told = [f"sample of {size['rows']:,} rows: {size['verdict']} after {size['products']:,} products"]

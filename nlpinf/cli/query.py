@@ -214,7 +214,7 @@ def query(
         for line in opened.lines:
             console.out.print(line, highlight=False, markup=False, soft_wrap=True)
         console.out.print(verdict_table(manifest["queries"]))
-        for line in console.sampling_lines(manifest["settings"]):
+        for line in console.settings_lines(manifest["settings"]):
             console.say(line)
 
 

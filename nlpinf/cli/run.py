@@ -80,7 +80,7 @@ def _print(outcome: Outcome, out: Path) -> None:
     scores, print_ = outcome.scores, console.out.print
     print_(f"\nfinetuned model: test loss {outcome.test_loss:.4f}, accuracy {outcome.accuracy:.3f}", highlight=False)
     print_(verdict_table(scores.manifest["queries"]))
-    for line in console.sampling_lines(scores.manifest["query_vectors"]):
+    for line in console.settings_lines(scores.manifest["query_vectors"]):
         console.say(line)
     print_()
     print_(console.rows_table(scores.top(10), "Most harmful sentences (positive score)"))

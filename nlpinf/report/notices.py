@@ -46,10 +46,21 @@ def notices(manifest: Mapping[str, Any], columns: list[np.ndarray], missing: int
         found.append(Notice(True, text, advice))
     for query, column in zip(queries, columns):
         found += _of_scores(query["name"], column)
-    growth = (manifest.get("query_vectors") or {}).get("growth") or {}
+    settings = manifest.get("query_vectors") or {}
+    for query, cut in zip(queries, settings.get("truncated") or []):
+        if cut:
+            text = f"{count(int(cut))} texts of “{query['name']}” are longer than the finetuned model's rows; their losses are of their beginnings."
+            found.append(
+                Notice(
+                    False,
+                    text,
+                    "Texts are cut at the stage's max_length: finetune with a larger one to read more of them.",
+                )
+            )
+    growth = settings.get("growth") or {}
     if growth.get("ended") == "limit reached":
         found.append(_of_growth(growth))
-    for stage in (manifest.get("query_vectors") or {}).get("stages") or []:
+    for stage in settings.get("stages") or []:
         if (head := stage.get("head") or {}).get("fitted"):
             found.append(_of_head(stage["name"], head))
     skipped = (manifest.get("corpus") or {}).get("skipped") or {}

@@ -201,6 +201,8 @@ def test_each_warning() -> None:
     assert "1 scores of “q” are not finite" in only(scores=np.array([1.0, np.nan]))[1]
     assert "zero" in only(scores=np.zeros(3))[1]
     assert only(skipped=3) == (False, "3 sentences of the corpus were skipped (empty) and have no score.")
+    (found,) = notices({**manifest, "query_vectors": {"truncated": [4]}}, [column], 0)
+    assert not found.serious and found.text.startswith("4 texts of “q” are longer")
     (found,) = notices({"queries": [{"name": "q"}]}, [column], None)
     assert found.serious and "No verdict" in found.text
 
