@@ -88,3 +88,6 @@ if _amd():
     # Read by MKL at its first product. By default the last bits depend there on where matrices lie, and what is resumed
     # must end in the same ones; it costs no time.
     os.environ.setdefault("MKL_CBWR", "AUTO")
+    # Read by oneDNN at its first product: for how many shapes it keeps its programs, of half a MiB each. A corpus has more
+    # shapes than that; of 1,024, oneDNN's own number, a process holds 300 MiB more and is 4 % faster.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from nlpinf.evaluation import evaluation, replaced
 from nlpinf.parameters import Parameters
-from nlpinf.pieces import entries
+from nlpinf.pieces import Room, entries
 from nlpinf.stages import Stage
 from nlpinf.tasks import Batch, CrossEntropy, OutputLoss, Task
 
 CHUNK = 1 << 22  # outputs that exist at a time: 16 MiB in float32; less loses to more calls, more to memory traffic
+_ROOM = Room()
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Head:
         losses, tangents = x.new_empty(len(x)), x.new_zeros(len(x))
         parts = list(self.parts(x, entries(CHUNK, x)))
         longest = max((part.stop - part.start for part in parts), default=0)
-        room = x.new_empty(2, longest, len(weight))  # the same memory for all chunks
+        room = _ROOM.like(x, 2, longest, len(weight))  # the same memory for all chunks
         for part in parts:
             outputs, change = room[:, : part.stop - part.start]
             _affine(outputs, x[part], weight, bias)
@@ -81,11 +82,11 @@ class Head:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return ℓ (n,), δ = scale · ∂ℓ/∂o (n, classes) and Wᵀ δ (n, d) of the items in `part`.
 
-        δ and Wᵀ δ are of the dtype of `low`, the weight in the stage's precision.
+        δ and Wᵀ δ are of the dtype of `low`, the weight in the stage's precision. The next call overwrites δ.
         """
         weight, bias = stage.parameters[self.weight], None if self.bias is None else stage.parameters[self.bias]
         with _low_products(stage):
-            outputs = _affine(x.new_empty(part.stop - part.start, len(weight)), x[part], weight, bias)
+            outputs = _affine(_ROOM.like(x, part.stop - part.start, len(weight)), x[part], weight, bias)
         losses = _loss_to_cotangent(stage.task.loss, outputs, targets[part], scale[part])
         delta = outputs.to(low.dtype)
         return losses, delta, delta @ low

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from transformers.pytorch_utils import Conv1D
 
-from nlpinf.pieces import entries
+from nlpinf.pieces import Room, entries
 
 _BLOCK = 1 << 22  # entries of the per-example gradients that are held at a time: 16 MiB in float32
 _SMALL = 1 << 16  # entries of a module's parameters up to which per-example gradients are formed whole
+_ROOM = Room()
 
 
 class Groups:
@@ -102,7 +103,7 @@ def bilinear(left: Tensor, right: Tensor, vectors: Tensor | Matrices, groups: Gr
     block = entries(_BLOCK, left)
     count = max(1, min(groups.examples, block // (16 * right.shape[2])))
     step = min(left.shape[1], max(1, block // (count * right.shape[2])))
-    room = left.new_empty(count * step * right.shape[2])  # the same memory for all blocks
+    room = _ROOM.like(left, count * step * right.shape[2])  # the same memory for all blocks
     for r in range(0, left.shape[1], step):
         rows = vectors[:, r : r + step].flatten(1).T
         for b in range(0, groups.examples, count):
