@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+_KEPT, _PROGRAM = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 1 << 19  # bytes of a program: 0.45 to 0.85 MiB
 _CPUINFO = Path("/proc/cpuinfo")
 _EXACT = 1e-5  # relative error of a product in float32; in bfloat16 it is 2e-3
 _SHAPES = ((256, 256, 768), (64, 512, 1024), (31, 77, 1001), (128, 1024, 32), (1, 256, 1000))
@@ -71,6 +72,12 @@ def exact(setting: str) -> bool:
     return True
 
 
+def programs() -> int:
+    """Return the bytes that oneDNN's programs come to once a corpus has shown all its shapes; 0 where products are not its."""
+    kept = os.environ.get(_KEPT, "")
+    return (int(kept) if kept.isdecimal() else 1024) * _PROGRAM if onednn_pays() else 0
+
+
 def _settings() -> Any:
     """PyTorch's settings of oneDNN's products, from 2.9 on, or None."""
     found = getattr(torch.backends.mkldnn, "matmul", None)
@@ -88,6 +95,6 @@ if _amd():
     # Read by MKL at its first product. By default the last bits depend there on where matrices lie, and what is resumed
     # must end in the same ones; it costs no time.
     os.environ.setdefault("MKL_CBWR", "AUTO")
-    # Read by oneDNN at its first product: for how many shapes it keeps its programs, of half a MiB each. A corpus has more
+    # Read by oneDNN at its first product: for how many shapes it keeps its programs. A corpus has more
     # shapes than that; of 1,024, oneDNN's own number, a process holds 300 MiB more and is 4 % faster.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    os.environ.setdefault(_KEPT, "256")

@@ -113,3 +113,11 @@ def test_a_product_has_the_same_bits_wherever_its_matrices_lie() -> None:
     clean = {k: v for k, v in os.environ.items() if k != "MKL_CBWR"}
     done = subprocess.run([sys.executable, "-c", _MOVED], capture_output=True, text=True, env=clean, check=True)
     assert done.stdout.split() == ["1"] * 8
+
+
+@pytest.mark.usefixtures("amd")
+def test_what_programs_come_to_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    assert products.programs() == 128 << 20
+    monkeypatch.setattr(products, "onednn_pays", lambda: False)
+    assert products.programs() == 0

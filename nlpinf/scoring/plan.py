@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 from scipy.optimize import nnls
 
+from nlpinf import products
 from nlpinf.errors import BadInput
 from nlpinf.influence import QueryVectors
 from nlpinf.scoring.feed import Feed, Part
@@ -106,7 +107,8 @@ def plan(
     # A run reads the corpus once to check it, once to score it.
     start = seconds_start + seconds_make + 2 * seconds_read + max(0.0, encoding[0] - encoding[1])
     total = seconds_part * feed.size / size
-    memory = _peak_memory()
+    on_cpu = vectors.stage.device.type == "cpu"
+    memory = _peak_memory() + (products.programs() if on_cpu else 0)  # of few shapes so far
     options = []
     for count in processes:
         # Whole parts for each; the last part of the corpus may be short.
