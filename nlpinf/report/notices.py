@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,16 +47,8 @@ def notices(manifest: Mapping[str, Any], columns: list[np.ndarray], missing: int
     for query, column in zip(queries, columns):
         found += _of_scores(query["name"], column)
     settings = manifest.get("query_vectors") or {}
-    for query, cut in zip(queries, settings.get("truncated") or []):
-        if cut:
-            text = f"{count(int(cut))} texts of “{query['name']}” are longer than the finetuned model's rows; their losses are of their beginnings."
-            found.append(
-                Notice(
-                    False,
-                    text,
-                    "Texts are cut at the stage's max_length: finetune with a larger one to read more of them.",
-                )
-            )
+    if any(cut := settings.get("truncated") or []):
+        found.append(_of_cut_texts([query["name"] for query in queries], cut))
     growth = settings.get("growth") or {}
     if growth.get("ended") == "limit reached":
         found.append(_of_growth(growth))
@@ -98,6 +90,17 @@ def _of_rows(corpus: Mapping[str, Any]) -> list[Notice]:
         text = f"{count(int(number))} sentences of the corpus contain {_DAMAGE.get(name, name)}."
         found.append(Notice(False, text, "They were scored as they are."))
     return found
+
+
+def _of_cut_texts(names: Sequence[str], cut: Sequence[int]) -> Notice:
+    most = max(range(len(cut)), key=lambda i: cut[i])
+    others = sum(map(bool, cut)) - 1
+    told = f"{count(others)} other {'query' if others == 1 else 'queries'}"
+    text = (
+        f"The rows of the finetuned model are too short for {count(cut[most])} {'text' if cut[most] == 1 else 'texts'} of "
+        f"“{names[most]}”{f' and some of {told}' if others else ''}: their losses are of their beginnings."
+    )
+    return Notice(False, text, "They are cut at its max_length: finetune with a larger one to read more of them.")
 
 
 def _of_growth(growth: Mapping[str, Any]) -> Notice:

@@ -202,7 +202,10 @@ def test_each_warning() -> None:
     assert "zero" in only(scores=np.zeros(3))[1]
     assert only(skipped=3) == (False, "3 sentences of the corpus were skipped (empty) and have no score.")
     (found,) = notices({**manifest, "query_vectors": {"truncated": [4]}}, [column], 0)
-    assert not found.serious and found.text.startswith("4 texts of “q” are longer")
+    assert not found.serious and "too short for 4 texts of “q”: their" in found.text
+    several = {"queries": manifest["queries"] * 3, "query_vectors": {"truncated": [1, 0, 2]}}
+    (found,) = notices(several, [column], 0)
+    assert "too short for 2 texts of “q” and some of 1 other query: their" in found.text
     (found,) = notices({"queries": [{"name": "q"}]}, [column], None)
     assert found.serious and "No verdict" in found.text
 
