@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -100,12 +102,9 @@ def test_texts_that_are_cut_are_counted() -> None:
     longer = {**long, "text": long["text"] + " again"}
     assert Query.loss(long).value(last) == pytest.approx(Query.loss(longer).value(last), rel=1e-12)
     queries = [Query.mean_loss([short, long, longer]), Query.loss(short)]
-    settings = query_vectors(c.chain, queries, solver=CG(max_iterations=1), allow_unconverged=True).settings
-    assert settings["truncated"] == [2, 0]
-    assert (
-        "truncated"
-        not in query_vectors(c.chain, queries[1:], solver=CG(max_iterations=1), allow_unconverged=True).settings
-    )
+    rough: dict[str, Any] = {"solver": CG(max_iterations=1), "allow_unconverged": True}
+    assert query_vectors(c.chain, queries, **rough).settings["truncated"] == [2, 0]
+    assert "truncated" not in query_vectors(c.chain, queries[1:], **rough).settings
 
 
 def test_bad_queries_are_refused() -> None:

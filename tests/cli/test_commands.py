@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from nlpinf import Scores, Stage, querystore
 from nlpinf.cli.app import app
+from nlpinf.cli.console import settings_lines
 from tests.cli.common import copied, files, nlpinf, refused, scored
 
 COMMANDS = ["demo", "run", "query", "score", "top", "report", "check"]
@@ -78,6 +79,12 @@ def test_query_prints_its_verdicts_and_its_manifest(root: Path, tmp_path: Path) 
     assert ended.json["queries"][0]["examples"] == rows
     ended = nlpinf(*arguments, "--out", tmp_path / "shown")
     assert ended.status == 0 and ended.out.count("converged") == 6 and "mean test loss" in ended.out
+
+
+def test_texts_that_were_cut_are_told() -> None:
+    assert settings_lines({"stages": []}) == []
+    (line,) = settings_lines({"truncated": [1200, 0, 1]})
+    assert line.startswith("1,200 of a query's texts were cut at the max_length")
 
 
 def test_settings_of_a_solve_reach_it(root: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def _launched(launcher: str, script: str, folder: Path, **options: Any) -> None:
     }
     command = [*LAUNCHERS[launcher], str(ROOT / "recipes" / "hf" / script), *words]
     ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.returncode == 0, ended.stderr  # all of it: the end is the launcher's own traceback
 
 
 def _prepared(folder: Path) -> Path:
